@@ -1,0 +1,115 @@
+"""attnpass: makes the attention of any PyTorch model fast without touching the model.
+
+    model = torch.compile(model, backend="attnpass")              # nothing needs to be imported
+    program, report = attnpass.rewrite(torch.export.export(model, args))
+    report = attnpass.audit(model, *args, **kwargs)               # what would happen, and why; the model is untouched
+
+Everything public is named here. Importing this module is light: torch and the pass itself are imported when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, overload
+
+from attnpass.errors import AttnpassError
+from attnpass.ledger import Report
+from attnpass.policy import Policy
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+    from torch.fx import GraphModule
+
+    from attnpass.kernels import register_kernel
+    from attnpass.recognize import register_rule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttnpassError",
+    "Policy",
+    "Report",
+    "__version__",
+    "audit",
+    "register_kernel",
+    "register_rule",
+    "report",
+    "reset",
+    "rewrite",
+]
+
+# A package of this name renders reports. It is imported here, once, because importing it later would put the package
+# in place of the function `report` below.
+importlib.import_module("attnpass.report")
+
+
+@overload
+def rewrite(
+    program: ExportedProgram, *, policy: Policy | None = ..., example_inputs: Sequence[Any] | None = ...
+) -> tuple[ExportedProgram, Report]: ...
+@overload
+def rewrite(
+    program: GraphModule, *, policy: Policy | None = ..., example_inputs: Sequence[Any] | None = ...
+) -> tuple[GraphModule, Report]: ...
+def rewrite(
+    program: ExportedProgram | GraphModule,
+    *,
+    policy: Policy | None = None,
+    example_inputs: Sequence[Any] | None = None,
+) -> tuple[ExportedProgram | GraphModule, Report]:
+    """A copy of an exported program with its attention replaced, and the report on every softmax in it.
+
+    Takes an ``ExportedProgram`` or a ``GraphModule`` of ATen operations; the original stays as it is, the copy shares
+    its weights. `example_inputs` is needed only for a GraphModule whose nodes carry no shapes.
+    """
+    from attnpass.capture import exported
+
+    return exported.rewrite(program, policy=policy, example_inputs=example_inputs)
+
+
+def audit(target: Any, *args: Any, policy: Policy | None = None, **kwargs: Any) -> Report:
+    """What would become of every softmax, and why; nothing is changed.
+
+    `target` is an ``ExportedProgram``, a ``GraphModule`` of ATen operations, or any model or function, which is then
+    captured as ``torch.compile`` would capture it when called with these arguments.
+    """
+    from torch.export import ExportedProgram
+    from torch.fx import GraphModule
+
+    from attnpass.capture import aten, exported
+
+    if isinstance(target, ExportedProgram):
+        if args or kwargs:
+            raise AttnpassError("an ExportedProgram is audited as it is; call audit(program) without arguments")
+        return exported.audit(target, policy=policy)
+    if isinstance(target, GraphModule) and aten.foreign_call(target) is None and not kwargs:
+        return exported.audit(target, policy=policy, example_inputs=args or None)
+    if not callable(target):
+        raise AttnpassError(f"cannot audit {type(target).__name__}; pass a model, a function or an ExportedProgram")
+    from attnpass.capture import dynamo
+
+    return dynamo.audit_callable(target, args, kwargs, policy or Policy())
+
+
+def report() -> Report:
+    """What became of every softmax that was compiled in this process since :func:`reset`."""
+    from attnpass import session
+
+    return session.report()
+
+
+def reset() -> None:
+    """Forget what was compiled so far."""
+    from attnpass import session
+
+    session.reset()
+
+
+_LATE = {"register_kernel": "attnpass.kernels", "register_rule": "attnpass.recognize"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
+    raise AttributeError(f"module 'attnpass' has no attribute {name!r}")

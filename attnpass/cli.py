@@ -1,0 +1,297 @@
+"""The command line: ``attnpass audit | rewrite | kernels | reasons | demo``.
+
+    stdout    the result: a report, a table, or JSON with --json
+    stderr    progress (on a terminal only), and one line when something is wrong
+    status    0 fine, 1 nothing replaced, 2 an error
+
+Whatever a user can get wrong is an :class:`AttnpassError` with one line that says what and what to do; anything else is
+a defect of this package and says so, in one line as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import importlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attnpass
+from attnpass import cli_files
+from attnpass.errors import AttnpassError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from attnpass.ledger import Report
+
+FINE, NOTHING_REPLACED, ERROR, INTERRUPTED = 0, 1, 2, 130
+_PIPE_WIDTH = 160  # where no terminal tells how wide a table may be
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    options = _parser().parse_args(argv)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's remarks on its own code; ours are in the report
+            status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except AttnpassError as error:
+        return _complain(str(error))
+    except KeyboardInterrupt:
+        return _complain("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # `attnpass kernels | head`: the reader has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FINE
+    except Exception as error:
+        return _complain(f"unexpected {cli_files.first_line(error)}{cli_files.place(error)}; please report it")
+
+
+def _complain(text: str, status: int = ERROR) -> int:
+    print(f"attnpass: {' '.join(text.split())}", file=sys.stderr)
+    return status
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def _audit(options: argparse.Namespace) -> int:
+    _import_also(options.imports)
+    if cli_files.is_factory(options.target):
+        with _quietly(), _progress(options, f"making {options.target}"):
+            made = cli_files.make(options.target)
+        with _quietly(), _progress(options, "capturing and auditing"):
+            report = _audited(made, options.target)
+    else:
+        _need_file(options.target)
+        with _quietly(), _progress(options, f"loading {options.target}"):
+            program = cli_files.load(options.target).program
+        with _quietly(), _progress(options, "auditing"):
+            report = attnpass.audit(program)
+    return _show(report, options)
+
+
+def _audited(made: cli_files.Made, target: str) -> Report:
+    try:
+        return attnpass.audit(made.model, *made.args, **made.kwargs)
+    except AttnpassError:
+        raise
+    except Exception as error:
+        raise AttnpassError(
+            f"the model of {target} fails on its example arguments: {cli_files.first_line(error)}"
+            f"{cli_files.place(error)}; see first that model(*args, **kwargs) runs"
+        ) from error
+
+
+def _rewrite(options: argparse.Namespace) -> int:
+    _import_also(options.imports)
+    cli_files.check_output(options.output)
+    if cli_files.is_factory(options.source):
+        with _quietly(), _progress(options, f"exporting {options.source}"):
+            loaded = cli_files.Loaded(cli_files.export(cli_files.make(options.source), options.source))
+    else:
+        _need_file(options.source)
+        with _quietly(), _progress(options, f"loading {options.source}"):
+            loaded = cli_files.load(options.source)
+    with _quietly(), _progress(options, "rewriting"):
+        program, report = attnpass.rewrite(loaded.program)
+    with _quietly(), _progress(options, f"writing {options.output}"):
+        cli_files.save(cli_files.Loaded(program, loaded.extra), options.output)
+    return _show(report, options)
+
+
+def _show(report: Report, options: argparse.Namespace) -> int:
+    if options.json:
+        print(report.to_json())
+    elif not options.quiet:
+        print(report)
+    return FINE if report.replaced else NOTHING_REPLACED
+
+
+def _kernels(options: argparse.Namespace) -> int:
+    from attnpass.kernels import registered
+
+    rows = []
+    for kernel in registered():
+        missing = kernel.available()
+        rows.append(
+            {
+                "kernel": kernel.name,
+                "available": missing is None,
+                "version": kernel.version() if missing is None else "",
+                "reason": None if missing is None else {"code": missing.code, "text": missing.text},
+                "devices": sorted(kernel.can.devices),
+                "dtypes": sorted(kernel.can.dtypes),
+            }
+        )
+    if options.json:
+        print(json.dumps(rows, indent=2))
+    elif not options.quiet:
+        table = _table("kernel", "here", "version", "devices", "dtypes")
+        for row in rows:
+            why = row["reason"]
+            here = "[green]yes[/green]" if why is None else f"[yellow]no[/yellow]: {_escape(why['text'])}"
+            version, devices, dtypes = _escape(row["version"]), ", ".join(row["devices"]), ", ".join(row["dtypes"])
+            table.add_row(row["kernel"], here, version, devices, dtypes)
+        _print(table)
+    return FINE
+
+
+def _reasons(options: argparse.Namespace) -> int:
+    from attnpass.reasons import CATALOGUE
+
+    if options.code is not None and options.code not in CATALOGUE:
+        near = difflib.get_close_matches(options.code, CATALOGUE, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "`attnpass reasons` lists them"
+        raise AttnpassError(f"no reason has the code {options.code!r}; {hint}")
+    chosen = {code: entry for code, entry in CATALOGUE.items() if options.code in (None, code)}
+    if options.json:
+        rows = [
+            {"code": code, "kind": entry.kind, "text": entry.text, "advice": entry.advice}
+            for code, entry in chosen.items()
+        ]
+        print(json.dumps(rows, indent=2))
+    elif not options.quiet:
+        table = _table("code", "kind", "text", "what it means, what to do")
+        for code, entry in chosen.items():
+            table.add_row(code, entry.kind, _escape(entry.text), _escape(entry.advice))
+        _print(table)
+    return FINE
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from attnpass import demo
+
+    return demo.main(json_output=options.json, quiet=options.quiet)
+
+
+# -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _import_also(names: Sequence[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except Exception as error:
+            raise AttnpassError(f"--import {name} failed: {cli_files.first_line(error)}") from error
+
+
+def _need_file(target: str) -> None:
+    if not os.path.exists(target) and not target.endswith(".pt2"):
+        raise AttnpassError(f"{target!r} is neither a .pt2 file nor {cli_files.FACTORY_FORM}")
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep stdout for the result: what models and torch print meanwhile goes to stderr, torch's logs nowhere."""
+    import logging
+
+    log = logging.getLogger("torch")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        log.setLevel(level)
+
+
+@contextlib.contextmanager
+def _progress(options: argparse.Namespace, doing: str) -> Iterator[None]:
+    if options.quiet or not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{_escape(doing)} ..."):
+        yield
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _table(*columns: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _print(what: Any) -> None:
+    from rich.console import Console
+
+    console = Console() if sys.stdout.isatty() else Console(width=_PIPE_WIDTH)
+    console.print(what)
+
+
+# -- arguments ---------------------------------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--json", action="store_true", help="print JSON")
+    common.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors and JSON")
+    models = argparse.ArgumentParser(add_help=False)
+    models.add_argument(
+        "--import",
+        dest="imports",
+        metavar="MODULE",
+        action="append",
+        default=[],
+        help="import this module first: one that defines operators which the program uses",
+    )
+
+    parser = argparse.ArgumentParser(
+        prog="attnpass",
+        description=attnpass.__doc__.partition("\n")[0] if attnpass.__doc__ else None,
+        epilog="exit status: 0 fine, 1 nothing replaced, 2 an error",
+    )
+    parser.add_argument("--version", action="version", version=f"attnpass {attnpass.__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    audit = commands.add_parser(
+        "audit", parents=[common, models], help="say what would become of every softmax, and why"
+    )
+    audit.add_argument(
+        "target", metavar="MODEL", help=f"model.pt2, or {cli_files.FACTORY_FORM} that returns (model, args[, kwargs])"
+    )
+    audit.set_defaults(run=_audit)
+
+    rewrite = commands.add_parser(
+        "rewrite",
+        parents=[common, models],
+        help="write a program with its attention replaced",
+        description="Write a program with its attention replaced. Where nothing can be replaced, OUT is a copy and "
+        "the exit status is 1.",
+    )
+    rewrite.add_argument("source", metavar="IN", help=f"model.pt2, or {cli_files.FACTORY_FORM}")
+    rewrite.add_argument("output", metavar="OUT", help="the .pt2 file to write; replaced whole or not at all")
+    rewrite.set_defaults(run=_rewrite)
+
+    kernels = commands.add_parser("kernels", parents=[common], help="list the kernels: which run here, and why not")
+    kernels.set_defaults(run=_kernels)
+
+    reasons = commands.add_parser("reasons", parents=[common], help="explain the reasons that reports give")
+    reasons.add_argument("code", metavar="CODE", nargs="?", help="only this one")
+    reasons.set_defaults(run=_reasons)
+
+    demo = commands.add_parser("demo", parents=[common], help="audit, check and time three models on the CPU")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""The two exceptions of this package.
+
+:class:`AttnpassError` is for the user: a wrong option, a file that is no program, a model that cannot be captured.
+:class:`Refuse` never reaches the user: any rule may raise it from any depth, and the driver that called the rule
+turns it into a ledger entry.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+
+class AttnpassError(Exception):
+    """Something the user can mend; the text says what and how."""
+
+
+class Refuse(Exception):
+    """This site is left as it is: the code of a reason in the catalogue, the node where it was met, and details."""
+
+    def __init__(self, code: str, node: Node | None = None, **details: Any) -> None:
+        super().__init__(code)
+        self.code = code
+        self.node = node
+        self.details = details

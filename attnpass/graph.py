@@ -1,0 +1,195 @@
+"""Helpers over FX graphs of ATen operations: values, sizes, places, and the builder that inserts new nodes.
+
+Every graph this package works on keeps the fake value of a node in ``node.meta["val"]``: exported programs do so by
+themselves, graphs lowered from Dynamo are made so by ``capture``. Nothing here decides anything about attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import linecache
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from attnpass.ledger import Where
+from attnpass.spec import Size
+
+
+@dataclass(frozen=True)
+class State:
+    """The ambient state under which a node runs."""
+
+    autocast: tuple[tuple[str, torch.dtype, bool], ...] = ()  # (device type, dtype, enabled)
+    grad: bool = True
+    functorch: int = 0  # depth of vmap/grad/jvp levels
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Re-enter this state, so that fake values come out with the dtypes that the real ones will have."""
+        with contextlib.ExitStack() as stack:
+            for device, dtype, enabled in self.autocast:
+                stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            yield
+
+
+def state_of(node: Node, default: State) -> State:
+    """The state that capture recorded for this node, or that of the whole graph."""
+    state = node.meta.get("attnpass_state", default)
+    assert isinstance(state, State)
+    return state
+
+
+def value(node: Node) -> Any:
+    """The fake value of a node (a tensor, a symbolic number, a tuple of them), None where there is none."""
+    return node.meta.get("val")
+
+
+def tensor(node: Node) -> torch.Tensor | None:
+    """The fake tensor of a node, None when it yields anything else."""
+    val = value(node)
+    return val if isinstance(val, torch.Tensor) else None
+
+
+def is_one(size: Any) -> bool:
+    """Proved to be one; never adds a guard."""
+    return bool(statically_known_true(size == 1))
+
+
+def same(a: Any, b: Any) -> bool:
+    """Two sizes proved equal; never adds a guard."""
+    return bool(statically_known_true(a == b))
+
+
+def size_text(size: Any) -> Size:
+    """A size as a spec keeps it: an integer, or the text of the symbolic expression."""
+    if isinstance(size, int):
+        return size
+    expr = size.node.expr
+    return int(expr) if expr.is_Integer else str(expr)
+
+
+def dtype_text(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def positions(graph: Graph) -> dict[Node, int]:
+    """The place of each node in the order of execution."""
+    return {node: index for index, node in enumerate(graph.nodes)}
+
+
+def fake_mode_of(graph: Graph) -> FakeTensorMode | None:
+    """The fake mode that the graph's values live in."""
+    for node in graph.nodes:
+        val = value(node)
+        if isinstance(val, torch.Tensor) and hasattr(val, "fake_mode"):
+            mode = val.fake_mode
+            assert isinstance(mode, FakeTensorMode)
+            return mode
+    return None
+
+
+def mark_gradients(graph: Graph, default: State) -> None:
+    """Note in ``node.meta["attnpass_grad"]`` which values gradients may flow back through."""
+    for node in graph.nodes:
+        val = value(node)
+        if node.op in ("placeholder", "get_attr"):
+            # a nested graph's inputs are marked by capture: their values do not tell what their caller passes
+            flows = node.meta.get("attnpass_grad", False) or (isinstance(val, torch.Tensor) and val.requires_grad)
+        else:
+            flows = (
+                state_of(node, default).grad
+                and not str(node.target).startswith("aten.detach")
+                and any(arg.meta.get("attnpass_grad", False) for arg in node.all_input_nodes)
+                and not (isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex()))
+            )
+        node.meta["attnpass_grad"] = flows
+
+
+class Builder:
+    """Inserts call_function nodes before one node, each with its fake value and the metadata of the code it serves.
+
+    The values are computed as the graph will compute them (same fake mode, autocast and grad state); nothing is
+    guessed, so a call that the operation itself would reject raises here, before the graph is committed.
+    """
+
+    def __init__(self, graph: Graph, before: Node, *, mode: FakeTensorMode | None, state: State, like: Node) -> None:
+        self.graph = graph
+        self.before = before
+        self.mode = mode
+        self.state = state
+        self.like = like
+        self.made: list[Node] = []
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        """One node calling `target`; arguments may be nodes, numbers and (nested) lists of them."""
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "attnpass_state"):
+            if key in self.like.meta:
+                node.meta[key] = self.like.meta[key]
+        node.meta["val"] = self._value(node)
+        node.meta["attnpass_made"] = True
+        self.made.append(node)
+        return node
+
+    def _value(self, node: Node) -> Any:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
+        assert callable(node.target)
+        with contextlib.ExitStack() as stack:
+            if self.mode is not None:
+                stack.enter_context(self.mode)
+                stack.enter_context(enable_python_dispatcher())
+                if self.mode.shape_env is not None:
+                    stack.enter_context(self.mode.shape_env.ignore_fresh_unbacked_symbols())
+            stack.enter_context(self.state.entered())
+            out = node.target(*args, **kwargs)
+        return out.detach() if isinstance(out, torch.Tensor) else out
+
+    def discard(self) -> None:
+        """Take back everything that was inserted (nothing outside may use it yet)."""
+        for node in reversed(self.made):
+            self.graph.erase_node(node)
+        self.made.clear()
+
+
+_INDEX = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")
+_TORCH_DIR = os.path.dirname(torch.__file__) + os.sep
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)(?:, in (\S+))?')
+
+
+def module_path(raw: str) -> str:
+    """``L['self']._modules['layers']._modules['0'].attn`` -> ``layers.0.attn``."""
+    path = _INDEX.sub(r".\1", raw.replace("._modules", "").replace("_modules", ""))
+    parts = [part for part in path.split(".") if part]
+    if parts and parts[0] == "L":
+        parts = parts[2:]
+    return ".".join(parts)
+
+
+def where(node: Node) -> Where:
+    """The place in the user's program that a node came from, as far as its metadata tells."""
+    module: str | None = None
+    cls: str | None = None
+    stack = node.meta.get("nn_module_stack")
+    if stack:
+        raw, kind = list(stack.values())[-1]
+        module = module_path(str(raw))
+        cls = kind.__name__ if isinstance(kind, type) else str(kind).rsplit(".", 1)[-1]
+    # the innermost frame that is the user's: torch's own wrappers say nothing to him
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    own = [frame for frame in frames if not frame[0].startswith(_TORCH_DIR)] or frames
+    if not own:
+        return Where(module=module, cls=cls)
+    file, line, _ = own[-1]
+    code = linecache.getline(file, int(line)).strip() or None
+    return Where(module=module, cls=cls, file=file, line=int(line), code=code)

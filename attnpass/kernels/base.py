@@ -1,0 +1,95 @@
+"""What every kernel is: a capability table, and four questions.
+
+    available()     can it run here? If not, what is missing?
+    refusals(spec)  every reason why it would not compute this spec's function; reads nothing but the spec
+    cost(spec)      expected microseconds of a forward call, or None where it cannot tell
+    emit(b, call)   writes the fused call into the graph
+
+A field that a table omits means *not supported*. An argument that a kernel cannot honour is a refusal, never dropped.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from attnpass.graph import Builder
+from attnpass.reasons import Reason, reason
+from attnpass.site import Call
+from attnpass.spec import AttentionSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """What a kernel declares. Everything not said is not supported."""
+
+    devices: frozenset[str] = frozenset()
+    dtypes: frozenset[str] = frozenset()
+    max_width: int | None = None  # None: any
+    width_multiple: int = 1
+    unlike_widths: bool = False
+    groups: bool = False
+    dense_mask: bool = False
+    bias_gradient: bool = False
+    softcap: bool = False
+    sink: bool = False
+    dropout: bool = False
+    backward: bool = False
+
+
+class Kernel(ABC):
+    """One fused implementation of attention."""
+
+    name: str
+    can: Capabilities
+
+    def available(self) -> Reason | None:
+        """None when it can run here, else what is missing and what to install."""
+        return None
+
+    def version(self) -> str:
+        """The version of the package that it comes from, for the table of kernels."""
+        return ""
+
+    def refusals(self, spec: AttentionSpec) -> Iterator[Reason]:
+        """All reasons why this kernel does not compute `spec`: first those that the table tells."""
+        can = self.can
+        if spec.device not in can.devices:
+            yield reason("device", device=spec.device)
+        if spec.dtype not in can.dtypes:
+            yield reason("dtype", dtype=spec.dtype)
+        for width in (spec.qk_width, spec.v_width):
+            if not isinstance(width, int):
+                if can.max_width is not None or can.width_multiple > 1:
+                    yield reason("head_width", detail=f"{width}, a symbolic size")
+            elif (can.max_width is not None and width > can.max_width) or width % can.width_multiple:
+                yield reason("head_width", detail=str(width))
+        if spec.qk_width != spec.v_width and not can.unlike_widths:
+            yield reason("unlike_widths")
+        if spec.groups > 1 and not can.groups:
+            yield reason("groups")
+        if (spec.mask.dense or spec.bias) and not can.dense_mask:
+            yield reason("dense_mask")
+        if any(bias.grad for bias in spec.bias) and not can.bias_gradient:
+            yield reason("bias_gradient")
+        if spec.softcap is not None and not can.softcap:
+            yield reason("softcap")
+        if spec.sink and not can.sink:
+            yield reason("sink")
+        if isinstance(spec.dropout, str):
+            yield reason("dropout_unknown")
+        elif spec.dropout > 0 and not can.dropout:
+            yield reason("dropout", detail="")
+        if spec.grad and not can.backward:
+            yield reason("grad", detail="")
+
+    def cost(self, spec: AttentionSpec) -> float | None:
+        """Expected microseconds of one forward call."""
+        return None
+
+    @abstractmethod
+    def emit(self, b: Builder, call: Call) -> Node:
+        """Write the call; the result is (batch, heads, queries, v width)."""

@@ -1,0 +1,97 @@
+"""torch's own scaled_dot_product_attention: always there, differentiable, and what inductor and AOTInductor know.
+
+The call leaves the choice among torch's kernels to torch. What is refused here is every spec for which that choice
+would be the unfused form: nothing would be gained. Sources: torch's own eligibility checks (sdp_utils), which differ
+between CPU and CUDA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.fx import Node
+
+from attnpass.graph import Builder, tensor
+from attnpass.kernels.base import Capabilities, Kernel
+from attnpass.reasons import Reason, reason
+from attnpass.site import Call
+from attnpass.spec import AttentionSpec
+
+aten = torch.ops.aten
+
+_HALF = {"bfloat16", "float16"}
+
+
+class Native(Kernel):
+    """``aten.scaled_dot_product_attention``."""
+
+    name = "native"
+    can = Capabilities(
+        devices=frozenset({"cpu", "cuda"}),
+        dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
+        unlike_widths=True,
+        groups=True,
+        dense_mask=True,
+        bias_gradient=True,
+        dropout=True,
+        backward=True,
+    )
+
+    def version(self) -> str:
+        return torch.__version__
+
+    def refusals(self, spec: AttentionSpec) -> Iterator[Reason]:
+        yield from super().refusals(spec)
+        for bias in spec.bias:
+            if not bias.exact:
+                yield reason("bias_precision", detail=bias.dtype, dtype=spec.dtype)
+        unfused = _cpu(spec) if spec.device == "cpu" else _cuda(spec) if spec.device == "cuda" else ()
+        for detail in unfused:
+            yield reason("no_fused_form", detail=detail)
+
+    def emit(self, b: Builder, call: Call) -> Node:
+        q, k, v = (_rows_contiguous(b, node) for node in (call.q, call.k, call.v))
+        shared = call.groups > 1
+        if shared and call.spec.device == "cuda" and call.mask is not None:
+            # torch's kernels that take a mask do not share heads on CUDA; an expanded copy is still far smaller
+            # than the scores
+            k, v = (b.call(aten.repeat_interleave.self_int, node, call.groups, 1) for node in (k, v))
+            shared = False
+        extra = {"scale": call.scale}
+        if shared:
+            extra["enable_gqa"] = True
+        return b.call(
+            aten.scaled_dot_product_attention.default, q, k, v, call.mask, float(call.dropout), False, **extra
+        )
+
+
+def _rows_contiguous(b: Builder, node: Node) -> Node:
+    # the fused forms want the last dimension contiguous; without it torch silently takes the unfused one
+    val = tensor(node)
+    assert val is not None
+    last = val.stride(-1)
+    return node if isinstance(last, int) and last == 1 else b.call(aten.contiguous.default, node)
+
+
+def _cpu(spec: AttentionSpec) -> Iterator[str]:
+    if spec.qk_width != spec.v_width:
+        yield "keys and values of unlike widths on the CPU"
+    if spec.dropout != 0.0:
+        yield "dropout on the CPU"
+    if any(bias.grad for bias in spec.bias):
+        yield "a bias that needs a gradient on the CPU"
+
+
+def _cuda(spec: AttentionSpec) -> Iterator[str]:
+    if spec.dtype == "float64":
+        yield "float64 on CUDA"
+    masked = spec.mask.dense or bool(spec.bias)
+    multiple = 8 if spec.dtype in _HALF else 4
+    for width in {spec.qk_width, spec.v_width}:
+        # flash pads odd widths by itself; the kernels for masks, float32 and unlike widths do not
+        padded = spec.dtype in _HALF and not masked and spec.qk_width == spec.v_width
+        if not isinstance(width, int):
+            yield f"heads of the symbolic width {width} on CUDA"
+        elif width > 256 if padded else width % multiple:
+            yield f"heads of width {width} on CUDA"

@@ -1,0 +1,112 @@
+"""The driver of recognition: one pass over a graph's softmaxes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch.fx import Graph, Node
+
+from attnpass.errors import Refuse
+from attnpass.graph import State, mark_gradients, tensor
+from attnpass.recognize import scores as _rules  # noqa: F401  importing registers the rules
+from attnpass.recognize.assemble import Place, assemble
+from attnpass.recognize.axes import Axes
+from attnpass.recognize.existing import existing_call
+from attnpass.recognize.ops import describe
+from attnpass.recognize.purity import Effects
+from attnpass.recognize.softmax import Anchor, anchors
+from attnpass.recognize.walk import Inner, Walker
+from attnpass.recognize.weights import outwards
+from attnpass.site import Factor, Site
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """A softmax that is no site."""
+
+    anchor: Node
+    at: Node | None
+    reached: tuple[str, ...]
+    refusal: Refuse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """All softmaxes of one graph, each in exactly one of the two lists."""
+
+    sites: tuple[Site, ...]
+    lost: tuple[Lost, ...]
+    live: set[Node]
+
+
+def find(graph: Graph, default: State) -> Finding:
+    """Recognise every softmax of a graph."""
+    mark_gradients(graph, default)
+    effects = Effects(graph)
+    live = effects.live()
+    place = Place(effects=effects, live=live, default=default)
+    lookahead: dict[Node, bool] = {}
+    sites: list[Site] = []
+    lost: list[Lost] = []
+    for anchor in anchors(graph, effects, live):
+        trail: list[str] = []
+        try:
+            sites.append(_recognise(anchor, place, lookahead, trail))
+        except Refuse as why:
+            lost.append(Lost(anchor=anchor.node, at=why.node, reached=tuple(trail), refusal=why))
+    return Finding(sites=tuple(sites), lost=tuple(lost), live=live)
+
+
+def _recognise(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail: list[str]) -> Site:
+    if anchor.fused:
+        return existing_call(anchor, place)
+    assert isinstance(anchor.source, Node)
+    val, probabilities = tensor(anchor.source), tensor(anchor.node)
+    if val is None or probabilities is None or not val.is_floating_point():
+        raise Refuse("not_floating", anchor.node, dtype="no tensor" if val is None else str(val.dtype).split(".")[-1])
+    if any(isinstance(size, int) and size == 0 for size in val.shape):
+        raise Refuse("empty_tensor", anchor.node)
+    axes = Axes()
+    layout = axes.of_shape(val.shape)
+    over = tuple(a for d in anchor.dims for a in layout[d])
+    trail.append(describe(anchor.node))
+    if not over:
+        raise Refuse("single_key", anchor.node)
+    walker = Walker(place.effects, axes, over, lookahead)
+    source = walker.read(anchor.reader, anchor.source)
+    start = Inner(node=source, layout=layout, factor=Factor())
+    try:
+        found = walker.walk(start)
+    except Refuse as why:
+        trail.extend(_path(source, why.node))
+        raise
+    trail.extend(describe(node) for node in found.at.seen)
+    out = outwards(anchor.node, axes.resolve(layout), axes, place.effects, place.live, walker.sink)
+    if not out.products:
+        raise _why_no_values(out.refused) or Refuse("no_product_after", anchor.node, op="nothing")
+    return assemble(anchor, layout, found, out, walker, place)
+
+
+def _why_no_values(refused: list[Refuse]) -> Refuse | None:
+    """The most telling of several reasons: what looks most like attention."""
+    order = ("mutated", "probabilities_changed", "mixes_heads", "axes_mixed", "not_a_query_key_product")
+    for code in order:
+        for why in refused:
+            if why.code == code:
+                return why
+    return refused[0] if refused else None
+
+
+def _path(start: Node, stop: Node | None) -> list[str]:
+    """What was crossed before the walk stopped, by the first operands."""
+    if stop is None:
+        return []
+    path: list[str] = []
+    node = start
+    while node is not stop and len(path) < 24:
+        path.append(describe(node))
+        inputs = [arg for arg in node.all_input_nodes if tensor(arg) is not None]
+        if not inputs:
+            break
+        node = inputs[0]
+    return path

@@ -1,0 +1,107 @@
+"""Where q, k and v may be read: every tensor from a product's operand back through pure views and scalings.
+
+    k (8 heads) -> unsqueeze -> expand -> reshape (32 heads) -> contiguous -> transpose -> matmul
+    ^ read here: no copy, no repeat, and the layout says which query heads share a head
+
+Each candidate computes the same operand; the one that needs the least rearranging and depends on the fewest axes is
+chosen later. A candidate is offered only if nothing writes its memory up to the place of the fused call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from attnpass.errors import Refuse
+from attnpass.graph import tensor
+from attnpass.recognize import views
+from attnpass.recognize.axes import Axes, atoms
+from attnpass.recognize.ops import bound, number, op_name, pair
+from attnpass.recognize.purity import Effects
+from attnpass.site import Layout, Placed
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One place to read an operand: its value is ``scale * placed.node`` up to the view."""
+
+    placed: Placed
+    scale: float
+    dtype: torch.dtype
+    depth: int
+
+
+def candidates(node: Node, layout: Layout, reader: Node, stop: int, axes: Axes, effects: Effects) -> list[Candidate]:
+    """The operand itself and everything behind it that holds the same numbers, nearest first."""
+    if not effects.unchanged(node, effects.position[reader] - 1, stop):
+        raise Refuse("mutated", node, what=node.name)
+    scale = 1.0
+    out: list[Candidate] = []
+    while True:
+        val = tensor(node)
+        assert val is not None
+        out.append(Candidate(Placed(node, layout), scale, val.dtype, len(out)))
+        further = _further(node, layout, axes, effects)
+        if further is None:
+            return out
+        node_before, (node, layout, factor) = node, further
+        # reading it later than the original did is only allowed while nothing writes to it, this step included
+        if not effects.unchanged(node, effects.position[node_before] - 1, stop):
+            return out
+        scale *= factor
+
+
+def _further(node: Node, layout: Layout, axes: Axes, effects: Effects) -> tuple[Node, Layout, float] | None:
+    name = op_name(node)
+    val = tensor(node)
+    try:
+        if name in views.VIEWS:
+            source = effects.value_at(_first(node), node)
+            return source, views.backward(node, layout, axes), 1.0
+        if name in views.CASTS:
+            source = effects.value_at(_first(node), node)
+            before = tensor(source)
+            # only a widening cast loses nothing, so that the narrow tensor holds the same numbers
+            if before is None or val is None or before.device != val.device or not _widens(before.dtype, val.dtype):
+                return None
+            return source, layout, 1.0
+        if name in ("mul", "div"):
+            return _scaled(node, name, layout, axes, effects)
+    except Refuse:
+        return None
+    return None
+
+
+def _first(node: Node) -> Node:
+    source = node.args[0]
+    if not isinstance(source, Node):
+        raise Refuse("unknown_arguments", node, op=op_name(node), detail="no tensor")
+    return source
+
+
+def _widens(a: torch.dtype, b: torch.dtype) -> bool:
+    return a == b or (a.is_floating_point and torch.promote_types(a, b) == b)
+
+
+def _scaled(node: Node, name: str, layout: Layout, axes: Axes, effects: Effects) -> tuple[Node, Layout, float] | None:
+    a, b = pair(node)
+    if name == "div" and bound(node).get("rounding_mode") is not None:
+        return None
+    arms = [(a, b)] if name == "div" else [(a, b), (b, a)]
+    for x, c in arms:
+        known = number(c, effects.written)
+        if known is None or known == 0 or not isinstance(x, Node):
+            continue
+        before, after = tensor(x), tensor(node)
+        if before is None or after is None or before.dtype != after.dtype or before.shape != after.shape:
+            continue
+        source = effects.value_at(x, node)
+        return source, layout, 1 / known if name == "div" else known
+    return None
+
+
+def fewest_axes(found: list[Candidate], axes: Axes) -> frozenset[int]:
+    """The axes that the operand really depends on: the smallest set among its candidates (they are nested)."""
+    return min((atoms(axes.resolve(c.placed.layout)) for c in found), key=len)

@@ -1,0 +1,238 @@
+"""The walk from a softmax inwards to the product of queries and keys.
+
+    argument of softmax = factor * inner + terms collected so far
+
+A :class:`Inner` is one step of that equation: the node reached, what its dimensions are, and everything collected
+outside it. Each operation has one small rule (scores.py) that turns a step into the next; an operation without a rule
+refuses, so nothing is ever crossed that is not understood. Where both operands of a sum contain a product (position
+biases made from the queries), each is tried; the one whose product pairs queries with all keys is the score, the
+other stays a term.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Node
+
+from attnpass.errors import Refuse
+from attnpass.graph import tensor
+from attnpass.recognize import products
+from attnpass.recognize.axes import Axes, atoms
+from attnpass.recognize.ops import describe, is_scalar_node, number, op_name
+from attnpass.recognize.products import Product
+from attnpass.recognize.purity import Effects
+from attnpass.recognize.views import shape_of
+from attnpass.site import Add, Dim, Factor, Layer, Layout, Placed
+
+_MAX_FORKS = 32  # nested sums of products: far more than any model has, and a bound for hostile graphs
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    """Where the walk stands."""
+
+    node: Node
+    layout: Layout
+    factor: Factor = dataclasses.field(default_factory=Factor)
+    layers: tuple[Layer, ...] = ()
+    softcap: float | None = None
+    sink: Placed | None = None
+    seen: tuple[Node, ...] = ()  # the nodes crossed, outermost first
+    forks: int = 0
+
+    def step(self, node: Node, layout: Layout, **changes: Any) -> Inner:
+        return dataclasses.replace(self, node=node, layout=layout, seen=(*self.seen, self.node), **changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """The walk's end: the product, and which operand holds the keys."""
+
+    at: Inner
+    product: Product
+    q: Node
+    k: Node
+    q_layout: Layout
+    k_layout: Layout
+
+
+@dataclass(frozen=True)
+class Sink:
+    """A column that was appended to the scores: the softmax runs over `whole`, the keys are `keys`."""
+
+    whole: Dim
+    keys: Dim
+    first: bool  # the sink is the first column (else the last)
+
+
+Rule = Callable[["Walker", Inner], "Inner | Found"]
+RULES: dict[str, Rule] = {}
+
+
+def register_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register the rule for operations by their ATen name (in-place forms included)."""
+
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+        return function
+
+    return register
+
+
+class Walker:
+    """One softmax's walk: the graph's effects, the atoms, and the axis that the softmax runs over."""
+
+    def __init__(self, effects: Effects, axes: Axes, over: Dim, lookahead: dict[Node, bool]) -> None:
+        self.effects = effects
+        self.axes = axes
+        self.over = over
+        self.sink: Sink | None = None
+        self._lookahead = lookahead
+
+    # -- reading arguments ---------------------------------------------------------------------------------------
+    def read(self, reader: Node, arg: Any) -> Node:
+        """The node whose value `reader` sees in this tensor argument."""
+        if not isinstance(arg, Node) or tensor(arg) is None:
+            raise Refuse("unknown_arguments", reader, op=op_name(reader), detail="not a tensor")
+        return self.effects.value_at(arg, reader)
+
+    def number(self, arg: Any) -> float | None:
+        return number(arg, self.effects.written)
+
+    def factor_of(self, at: Inner, arg: Any, power: int) -> Factor:
+        """A multiplier of the scores: a number, a symbolic scalar, or a tensor that does not pair queries and keys."""
+        known = self.number(arg)
+        if known is not None:
+            if power < 0 and known == 0:
+                raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="division by zero")
+            return Factor(known**power)
+        if is_scalar_node(arg):
+            return Factor(scalars=((arg, power),))
+        source = self.read(at.node, arg)
+        placed = self.place(at, source)
+        val = tensor(source)
+        if val is None or not val.is_floating_point():
+            raise Refuse("score_weights", at.node)
+        return Factor(tensors=((placed, power),))
+
+    def place(self, at: Inner, source: Node) -> Placed:
+        """An operand broadcast against the step's node."""
+        return Placed(source, self.axes.align(at.layout, shape_of(source), shape_of(at.node)))
+
+    def add_term(self, at: Inner, term: Any, factor: Any) -> Inner:
+        """`factor * term` is added to the scores at this step: collect it, or show that it changes nothing."""
+        if at.softcap is not None:
+            raise Refuse("term_inside_softcap", at.node)
+        size = self.factor_of(at, factor, 1)
+        known = self.number(term)
+        if (known is not None and math.isfinite(known)) or is_scalar_node(term):
+            if at.sink is not None:
+                raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="a constant beside a sink")
+            # softmax(x + c) == softmax(x) for one finite number c
+            return at
+        layer = Add(self.place(at, self.read(at.node, term)), at.factor.times(size))
+        return dataclasses.replace(at, layers=(*at.layers, layer))
+
+    # -- deciding which operand is the score -----------------------------------------------------------------------
+    def has_product(self, arg: Any) -> bool:
+        """A product can be reached from here by operations that have rules (a look ahead, not a proof)."""
+        if not isinstance(arg, Node):
+            return False
+        stack = [arg]
+        path: list[Node] = []
+        while stack:
+            node = stack[-1]
+            if node in self._lookahead:
+                stack.pop()
+                continue
+            if products.is_product(node):
+                self._lookahead[node] = True
+                stack.pop()
+                continue
+            if op_name(node) not in RULES:
+                self._lookahead[node] = False
+                stack.pop()
+                continue
+            inputs = [a for a in node.all_input_nodes if tensor(a) is not None]
+            todo = [a for a in inputs if a not in self._lookahead]
+            if todo:
+                stack.extend(todo)
+                path.append(node)
+                continue
+            self._lookahead[node] = any(self._lookahead[a] for a in inputs)
+            stack.pop()
+        return self._lookahead[arg]
+
+    def fork(self, at: Inner, arms: list[Inner]) -> Found:
+        """Walk several candidates for the score; exactly one may succeed."""
+        if at.forks >= _MAX_FORKS:
+            raise Refuse("two_score_tensors", at.node)
+        found: list[Found] = []
+        refused: list[Refuse] = []
+        before = (self.over, self.sink)
+        after = before
+        for arm in arms:
+            self.over, self.sink = before
+            try:
+                found.append(self.walk(dataclasses.replace(arm, forks=at.forks + 1)))
+                after = (self.over, self.sink)
+            except Refuse as why:
+                refused.append(why)
+        self.over, self.sink = after
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise Refuse("two_score_tensors", at.node)
+        raise refused[0]
+
+    # -- the walk ----------------------------------------------------------------------------------------------------
+    def walk(self, at: Inner) -> Found:
+        """To the product, or Refuse."""
+        while True:
+            if products.is_product(at.node):
+                return self._finish(at)
+            step = RULES.get(op_name(at.node))
+            if step is None:
+                raise self._stopped(at)
+            after = step(self, at)
+            if isinstance(after, Found):
+                return after
+            at = after
+
+    def _stopped(self, at: Inner) -> Refuse:
+        name = op_name(at.node)
+        if at.node.op in ("placeholder", "get_attr") or name == "python:getitem":
+            return Refuse("graph_input", at.node, op=describe(at.node))
+        deeper = any(self.has_product(arg) for arg in at.node.all_input_nodes)
+        if name in ("linear", "addmm", "conv2d", "conv1d", "convolution"):
+            return Refuse("mixes_heads" if deeper else "projected_scores", at.node, op=describe(at.node))
+        return Refuse("unknown_op" if deeper else "no_product_before", at.node, op=describe(at.node))
+
+    def _finish(self, at: Inner) -> Found:
+        product = products.read(at.node, at.layout, self.axes)
+        if product.extra is not None and self.has_product(product.extra) and product.alpha == 0:
+            raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="alpha is 0")
+        over = set(self.axes.resolve_dim(self.over))
+        in_a = over & atoms(self.axes.resolve(product.a_layout))
+        in_b = over & atoms(self.axes.resolve(product.b_layout))
+        if in_a and in_b:
+            raise Refuse("not_a_query_key_product", at.node, detail="both operands carry the key axis")
+        if (in_a or in_b) != over:
+            raise Refuse("not_a_query_key_product", at.node, detail="no operand carries the whole key axis")
+        a, b = self.read(product.inner, product.a), self.read(product.inner, product.b)
+        factor = at.factor.times(self.factor_of(at, product.alpha, 1))
+        layers = at.layers
+        if product.extra is not None:
+            layers = self.add_term(at, product.extra, product.beta).layers
+        at = dataclasses.replace(at, factor=factor, layers=layers)
+        seen = (*at.seen, at.node) if product.inner is at.node else (*at.seen, at.node, product.inner)
+        at = dataclasses.replace(at, seen=seen)
+        if in_b:
+            return Found(at=at, product=product, q=a, k=b, q_layout=product.a_layout, k_layout=product.b_layout)
+        return Found(at=at, product=product, q=b, k=a, q_layout=product.b_layout, k_layout=product.a_layout)

@@ -1,0 +1,180 @@
+"""The walk from the probabilities outwards to the product with the values.
+
+Between the two stand only operations that are the identity on probabilities: casts, views, dropout in evaluation, the
+slice that cuts a sink column off. Live dropout is part of the attention. Whatever else reads the probabilities is
+noted: the big tensor must then stay alive, and a fused call would save nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from attnpass.errors import Refuse
+from attnpass.graph import same, tensor
+from attnpass.recognize import products, views
+from attnpass.recognize.axes import Axes, atoms
+from attnpass.recognize.ops import bound, describe, op_name
+from attnpass.recognize.products import Product
+from attnpass.recognize.purity import Effects
+from attnpass.recognize.walk import Sink
+from attnpass.site import Layout
+
+# What changes probabilities but still leads to the values: named apart, because it *is* attention, of another kind.
+_CHANGES = {"mul", "div", "add", "sub", "masked_fill", "where", "nan_to_num", "clamp", "relu", "pow", "lerp"}
+
+
+@dataclass
+class Outwards:
+    """What was found on the way out."""
+
+    products: list[tuple[Product, Layout, Node]] = field(default_factory=list)  # product, V's layout, V
+    crossed: list[Node] = field(default_factory=list)
+    others: list[Node] = field(default_factory=list)  # other readers
+    refused: list[Refuse] = field(default_factory=list)
+    dropout: Any = 0.0
+    out_layout: Layout = ()
+
+
+def outwards(node: Node, layout: Layout, axes: Axes, effects: Effects, live: set[Node], sink: Sink | None) -> Outwards:
+    """Follow the probabilities to the one product with the values."""
+    out = Outwards()
+    _follow(node, layout, axes, effects, live, sink, out)
+    return out
+
+
+def _follow(
+    node: Node, layout: Layout, axes: Axes, effects: Effects, live: set[Node], sink: Sink | None, out: Outwards
+) -> None:
+    for user in node.users:
+        if user not in live:
+            continue
+        try:
+            if user.op == "call_function" and effects.value_at(node, user) is not node:
+                raise Refuse("mutated", user, what="the probabilities")
+            _one(node, user, layout, axes, effects, live, sink, out)
+        except Refuse as why:
+            out.refused.append(why)
+            out.others.append(user)
+
+
+def _one(
+    node: Node,
+    user: Node,
+    layout: Layout,
+    axes: Axes,
+    effects: Effects,
+    live: set[Node],
+    sink: Sink | None,
+    out: Outwards,
+) -> None:
+    name = op_name(user)
+    if user.op == "output":
+        raise Refuse("graph_output", user)
+    if products.is_product(user) or _is_mul_of_sum(user, live):
+        _product(node, user, layout, axes, effects, live, out)
+        return
+    if name == "dropout":
+        args = bound(user)
+        if args["train"] and args["p"] != 0:
+            if out.dropout != 0.0:
+                raise Refuse("probabilities_changed", user, op="two dropouts")
+            out.dropout = args["p"]
+        after = layout
+    elif name == "slice" and sink is not None and not views.is_whole(user):
+        after = _cut_sink(user, layout, axes, sink)
+    elif name in views.VIEWS or name in views.CASTS:
+        val = tensor(user)
+        if val is None or not val.is_floating_point():
+            raise Refuse("probabilities_changed", user, op="a cast")
+        after = views.forward(user, layout, axes)
+    elif name == "detach" and not node.meta.get("attnpass_grad", False):
+        after = layout
+    else:
+        raise Refuse(_why(user, live), user, op=describe(user))
+    out.crossed.append(user)
+    _follow(user, after, axes, effects, live, sink, out)
+
+
+def _why(user: Node, live: set[Node]) -> str:
+    if op_name(user) in ("linear", "einsum", "convolution", "conv2d", "addmm"):
+        return "mixes_heads"
+    if op_name(user) in _CHANGES and _leads_to_product(user, live):
+        return "probabilities_changed"
+    return "no_product_after"
+
+
+def _leads_to_product(node: Node, live: set[Node]) -> bool:
+    for _ in range(8):
+        readers = [user for user in node.users if user in live]
+        if any(products.is_product(user) for user in readers):
+            return True
+        readers = [
+            u for u in readers if op_name(u) in _CHANGES | views.VIEWS | views.CASTS | {"dropout", "linear", "norm"}
+        ]
+        if not readers:
+            return False
+        node = readers[0]
+    return False
+
+
+def _is_mul_of_sum(user: Node, live: set[Node]) -> bool:
+    """The mul of mul + sum."""
+    readers = [u for u in user.users if u in live]
+    return op_name(user) == "mul" and len(readers) == 1 and products.is_product(readers[0])
+
+
+def _cut_sink(user: Node, layout: Layout, axes: Axes, sink: Sink) -> Layout:
+    """``p[..., :-1]`` (or ``1:``) takes exactly the sink column away."""
+    args = bound(user)
+    source = user.args[0]
+    assert isinstance(source, Node)
+    shape, after = views.shape_of(source), views.shape_of(user)
+    dim = args["dim"] % len(shape)
+    start, step = args["start"] or 0, args["step"]
+    if axes.resolve_dim(layout[dim]) != axes.resolve_dim(sink.whole) or step != 1:
+        raise Refuse("probabilities_changed", user, op="a slice")
+    # one element goes: the first when it starts at one, else the last
+    fits = isinstance(start, int) and start == (1 if sink.first else 0) and same(after[dim] + 1, shape[dim])
+    if not fits:
+        raise Refuse("probabilities_changed", user, op="a slice that does not cut the sink column")
+    return (*layout[:dim], axes.resolve_dim(sink.keys), *layout[dim + 1 :])
+
+
+def _product(
+    node: Node, user: Node, layout: Layout, axes: Axes, effects: Effects, live: set[Node], out: Outwards
+) -> None:
+    """The product with the values: its own axes are new atoms, then identified with those of the probabilities."""
+    result = user
+    if not products.is_product(user):
+        result = next(u for u in user.users if u in live)
+    fresh = axes.of_shape(views.shape_of(result))
+    product = products.read(result, fresh, axes)
+    if product.a is product.b:
+        raise Refuse("not_a_query_key_product", user, detail="the probabilities are multiplied with themselves")
+    if product.extra is not None or product.alpha != 1:
+        raise Refuse("probabilities_changed", user, op="a product with alpha or beta")
+    mine, other, other_layout = (
+        (product.a_layout, product.b, product.b_layout)
+        if product.a is node
+        else (product.b_layout, product.a, product.a_layout)
+    )
+    for mark, known in zip(axes.resolve(mine), axes.resolve(layout), strict=True):
+        axes.unify(mark, known)
+    values = effects.value_at(other, product.inner)
+    out.products.append((product, axes.resolve(other_layout), values))
+    out.out_layout = axes.resolve(fresh)
+    out.crossed.append(user)
+    if result is not user:
+        out.crossed.append(result)
+
+
+def check(product: Product, values_layout: Layout, axes: Axes, keys: frozenset[int], queries: frozenset[int]) -> None:
+    """The sum over the values runs over exactly the keys, and the values are the same for every query."""
+    contracted = set(axes.resolve_dim(product.contracted))
+    if contracted != keys:
+        raise Refuse("softmax_not_over_keys", product.node)
+    if atoms(values_layout) & queries:
+        raise Refuse("values_depend_on_query", product.node)

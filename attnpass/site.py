@@ -1,0 +1,125 @@
+"""A site: one attention computation as it lies in one ATen graph, and the fused call that would replace it.
+
+A :class:`Site` joins a spec with nodes, so it lives only as long as its graph is being worked on; what is kept is the
+ledger's Decision. Tensors are described by *layouts*: every axis of the computation is an atom, every dimension of a
+tensor an ordered tuple of atoms (empty for a dimension of size one). Two tensors agree where their atoms agree; no
+dimension is ever identified by its size or position alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from attnpass.graph import State
+from attnpass.reasons import Reason
+from attnpass.spec import AttentionSpec
+
+Atom = int
+Dim = tuple[Atom, ...]
+Layout = tuple[Dim, ...]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A tensor of the graph and what each of its dimensions is."""
+
+    node: Node
+    layout: Layout
+
+
+@dataclass(frozen=True)
+class Factor:
+    """A product of numbers, symbolic scalars and tensors, each with the power +1 or -1."""
+
+    number: float = 1.0
+    scalars: tuple[tuple[Node, int], ...] = ()  # SymFloat / SymInt nodes
+    tensors: tuple[tuple[Placed, int], ...] = ()
+
+    def times(self, other: Factor) -> Factor:
+        return Factor(
+            self.number * other.number,
+            self.scalars + other.scalars,
+            self.tensors + other.tensors,
+        )
+
+    @property
+    def is_number(self) -> bool:
+        return not self.scalars and not self.tensors
+
+
+@dataclass(frozen=True)
+class Add:
+    """``factor * tensor`` is added to the scores."""
+
+    tensor: Placed
+    factor: Factor
+
+
+@dataclass(frozen=True)
+class Fill:
+    """Where ``mask`` is `off`, the score is replaced by ``value``."""
+
+    mask: Placed
+    off: bool  # the truth value of the mask at which the fill applies
+    value: float
+    lowest: bool = False  # the fill is the lowest finite number of the scores' dtype: no score can be below it
+
+
+Layer = Add | Fill
+
+
+@dataclass(frozen=True, kw_only=True)
+class Roles:
+    """Which atoms play which part."""
+
+    batch: tuple[Atom, ...]  # canonical batch axes, then ...
+    heads: tuple[Atom, ...]  # ... canonical head axes, query order: key/value heads first, group last
+    group: tuple[Atom, ...]  # the trailing part of `heads` on which neither k nor v depends
+    queries: tuple[Atom, ...]
+    keys: tuple[Atom, ...]
+    width: tuple[Atom, ...]  # contracted between q and k
+    v_width: tuple[Atom, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """One recognised attention."""
+
+    anchor: Node  # the softmax, or the existing fused call
+    output: Node  # the node whose value the fused call yields
+    output_layout: Layout
+    q: Placed
+    k: Placed
+    v: Placed
+    sizes: dict[Atom, Any]  # int or SymInt
+    roles: Roles
+    scale: Factor
+    layers: tuple[Layer, ...]  # outermost first, as they were met from the softmax inwards
+    softcap: float | None
+    sink: Placed | None
+    dropout: float | Node  # live probability; 0.0 in evaluation
+    spec: AttentionSpec
+    region: tuple[Node, ...]  # everything between q, k, v and output, in graph order
+    other_readers: tuple[Node, ...] = ()  # nodes outside that read scores or probabilities
+    state: State = field(default_factory=State)
+    assumptions: tuple[str, ...] = ()
+    obstacles: tuple[Reason, ...] = ()  # why no kernel whatever may replace it
+    existing_call: bool = False  # the anchor is a scaled_dot_product_attention call
+    trail: tuple[str, ...] = field(default=())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What a kernel is given to emit: canonical (batch, heads, length, width) nodes, ready to be read."""
+
+    q: Node
+    k: Node  # heads not repeated: groups query heads share one
+    v: Node
+    mask: Node | None  # None, a bool keep-mask, or an additive float bias, broadcastable to (batch, heads, q, k)
+    scale: float | Node
+    dropout: float
+    groups: int
+    spec: AttentionSpec
