@@ -10,7 +10,9 @@ Everything public is named here. Importing this module is light: torch and the p
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, overload
 
 from attnpass.errors import AttnpassError
@@ -21,13 +23,15 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
-    from attnpass.kernels import register_kernel
+    from attnpass.kernels import Capabilities, Kernel, register_kernel, unregister_kernel
     from attnpass.recognize import register_rule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AttnpassError",
+    "Capabilities",
+    "Kernel",
     "Policy",
     "Report",
     "__version__",
@@ -37,11 +41,19 @@ __all__ = [
     "report",
     "reset",
     "rewrite",
+    "unregister_kernel",
 ]
 
-# A package of this name renders reports. It is imported here, once, because importing it later would put the package
-# in place of the function `report` below.
-importlib.import_module("attnpass.report")
+
+class _Package(ModuleType):
+    """Keeps the functions `report` and `rewrite`, where the import of the modules of that name would replace them."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in __all__ and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 @overload
@@ -106,7 +118,13 @@ def reset() -> None:
     session.reset()
 
 
-_LATE = {"register_kernel": "attnpass.kernels", "register_rule": "attnpass.recognize"}
+_LATE = {
+    "Capabilities": "attnpass.kernels",
+    "Kernel": "attnpass.kernels",
+    "register_kernel": "attnpass.kernels",
+    "register_rule": "attnpass.recognize",
+    "unregister_kernel": "attnpass.kernels",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -58,16 +58,17 @@ class Sizes:
         raise Refuse("axes_mixed", op="reshape", detail=f"the size {size} is nowhere in the graph")
 
     def dim(self, dim: Dim) -> int | Node:
-        total: int | Node = 1
+        known = 1
+        total: Node | None = None
         for atom in dim:
             size = self.atom(atom)
-            if isinstance(total, int) and isinstance(size, int):
-                total = total * size
-            elif total == 1:
-                total = size
+            if isinstance(size, int):
+                known *= size
             else:
-                total = self.b.call(operator.mul, total, size)
-        return total
+                total = size if total is None else self.b.call(operator.mul, total, size)
+        if total is None:
+            return known
+        return total if known == 1 else self.b.call(operator.mul, total, known)
 
 
 def arrange(b: Builder, placed: Placed, target: Layout, sizes: Sizes, *, expand: bool) -> Node:

@@ -116,10 +116,10 @@ def _show(report: Report, options: argparse.Namespace) -> int:
 
 
 def _kernels(options: argparse.Namespace) -> int:
-    from attnpass.kernels import registered
+    from attnpass.kernels import kernels
 
     rows = []
-    for kernel in registered():
+    for kernel in kernels():
         missing = kernel.available()
         rows.append(
             {

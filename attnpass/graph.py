@@ -70,12 +70,17 @@ def same(a: Any, b: Any) -> bool:
     return bool(statically_known_true(a == b))
 
 
+def plain(size: Any) -> Any:
+    """A symbolic size whose expression is a number, as that number."""
+    if isinstance(size, torch.SymInt) and size.node.expr.is_Integer:
+        return int(size.node.expr)
+    return size
+
+
 def size_text(size: Any) -> Size:
     """A size as a spec keeps it: an integer, or the text of the symbolic expression."""
-    if isinstance(size, int):
-        return size
-    expr = size.node.expr
-    return int(expr) if expr.is_Integer else str(expr)
+    size = plain(size)
+    return size if isinstance(size, int) else str(size.node.expr)
 
 
 def dtype_text(dtype: torch.dtype) -> str:
@@ -137,9 +142,9 @@ class Builder:
         for key in ("nn_module_stack", "stack_trace", "source_fn_stack", "torch_fn", "attnpass_state"):
             if key in self.like.meta:
                 node.meta[key] = self.like.meta[key]
-        node.meta["val"] = self._value(node)
         node.meta["attnpass_made"] = True
         self.made.append(node)
+        node.meta["val"] = self._value(node)
         return node
 
     def _value(self, node: Node) -> Any:

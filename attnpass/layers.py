@@ -150,17 +150,17 @@ def multiplied(b: Builder, node: Node, factor: Factor, sizes: Sizes, target: Lay
 
 
 def _narrow(b: Builder, bias: Node, dtype: torch.dtype) -> Node:
-    """The bias in the kernel's dtype, where fills below its range become its floor rather than -inf."""
+    """The bias in the kernel's dtype, no lower than a floor that every kernel can compute with.
+
+    On CUDA torch's fused kernels change the base of the exponential, which takes the lowest float to -inf and a row
+    of it to 0; the floor gives the mean, as the original does. A -inf may be raised to the floor too: beside a score
+    both weigh nothing, and rows without any score were answered before.
+    """
     val = tensor(bias)
     assert val is not None
-    if val.dtype == dtype:
-        return bias
-    if torch.finfo(val.dtype).min < torch.finfo(dtype).min:
-        floor = max(FLOOR, torch.finfo(dtype).min)
-        low = b.call(aten.clamp.default, bias, floor)
-        # a true -inf stays one
-        bias = b.call(aten.where.self, b.call(aten.eq.Scalar, bias, -math.inf), bias, low)
-    return b.call(aten.to.dtype, bias, dtype)
+    if val.device.type != "cpu" or torch.finfo(val.dtype).min < torch.finfo(dtype).min:
+        bias = b.call(aten.clamp.default, bias, max(FLOOR, torch.finfo(dtype).min))
+    return bias if val.dtype == dtype else b.call(aten.to.dtype, bias, dtype)
 
 
 def answered(b: Builder, out: Node, v: Node, dense: Dense, groups: int) -> Node:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from torch.fx import Graph, Node
 
 from attnpass.choose import Choice, choose
+from attnpass.emit import build
 from attnpass.errors import Refuse
 from attnpass.graph import State, tensor, where
 from attnpass.ledger import Decision, Failure, Miss, Saves
@@ -24,7 +25,6 @@ from attnpass.policy import Policy
 from attnpass.reasons import Reason, reason
 from attnpass.recognize import Finding, Lost, find
 from attnpass.recognize.purity import Effects
-from attnpass.rewrite import build
 from attnpass.site import Site
 from attnpass.spelling import spelling_hash
 from attnpass.verify import checked

@@ -61,9 +61,26 @@ class Native(Kernel):
         extra = {"scale": call.scale}
         if shared:
             extra["enable_gqa"] = True
-        return b.call(
-            aten.scaled_dot_product_attention.default, q, k, v, call.mask, float(call.dropout), False, **extra
-        )
+        width = call.spec.v_width
+        if call.spec.device == "cpu":
+            q, k, v = _one_width(b, q, k, v)
+        out = b.call(aten.scaled_dot_product_attention.default, q, k, v, call.mask, float(call.dropout), False, **extra)
+        val = tensor(out)
+        assert val is not None
+        return out if val.shape[-1] == width else b.call(aten.slice.Tensor, out, -1, 0, width)
+
+
+def _one_width(b: Builder, q: Node, k: Node, v: Node) -> tuple[Node, Node, Node]:
+    """Zeros appended to the narrower: they add nothing to a score, and the columns they make are cut off again."""
+    tk, tv = tensor(k), tensor(v)
+    assert tk is not None
+    assert tv is not None
+    if not isinstance(tk.shape[-1], int) or not isinstance(tv.shape[-1], int):
+        return q, k, v
+    more = tv.shape[-1] - tk.shape[-1]
+    if more > 0:
+        return b.call(aten.constant_pad_nd.default, q, [0, more]), b.call(aten.constant_pad_nd.default, k, [0, more]), v
+    return (q, k, b.call(aten.constant_pad_nd.default, v, [0, -more])) if more else (q, k, v)
 
 
 def _rows_contiguous(b: Builder, node: Node) -> Node:
@@ -75,12 +92,18 @@ def _rows_contiguous(b: Builder, node: Node) -> Node:
 
 
 def _cpu(spec: AttentionSpec) -> Iterator[str]:
-    if spec.qk_width != spec.v_width:
-        yield "keys and values of unlike widths on the CPU"
+    if spec.qk_width != spec.v_width and not _worth_padding(spec):
+        yield f"keys of width {spec.qk_width} with values of width {spec.v_width} on the CPU"
     if spec.dropout != 0.0:
         yield "dropout on the CPU"
     if any(bias.grad for bias in spec.bias):
         yield "a bias that needs a gradient on the CPU"
+
+
+def _worth_padding(spec: AttentionSpec) -> bool:
+    """The CPU's fused form needs one width; padding the narrower is cheap as long as it is not much narrower."""
+    a, b = spec.qk_width, spec.v_width
+    return isinstance(a, int) and isinstance(b, int) and max(a, b) <= 2 * min(a, b)
 
 
 def _cuda(spec: AttentionSpec) -> Iterator[str]:

@@ -19,8 +19,8 @@ from attnpass.errors import Refuse
 from attnpass.graph import State, dtype_text, size_text, state_of, tensor
 from attnpass.reasons import Reason, reason
 from attnpass.recognize.axes import Axes, atoms
-from attnpass.recognize.meaning import Meaning, describe_layers
-from attnpass.recognize.operands import Candidate, candidates, fewest_axes
+from attnpass.recognize.meaning import Meaning, as_fills, describe_layers
+from attnpass.recognize.operands import Candidate, Reach, candidates, fewest_axes
 from attnpass.recognize.ops import describe
 from attnpass.recognize.purity import Effects
 from attnpass.recognize.softmax import Anchor
@@ -55,12 +55,16 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     v_layout = axes.resolve(v_layout)
     if atoms(v_layout) & frozenset(queries):
         raise Refuse("values_depend_on_query", product.node)
-    state = _one_state(found, anchor, product.node, place)
+    state = _one_state(found, anchor, product.node, out.crossed, place)
 
-    stop = effects.position[product.node]
-    qs = candidates(found.q, q_layout, found.product.inner, stop, axes, effects)
-    ks = candidates(found.k, k_layout, found.product.inner, stop, axes, effects)
-    vs = candidates(v_node, v_layout, product.inner, stop, axes, effects)
+    reach = Reach(axes=axes, effects=effects, stop=effects.position[product.node], state=state, default=place.default)
+    qs = candidates(found.q, q_layout, found.product.inner, reach)
+    ks = candidates(found.k, k_layout, found.product.inner, reach)
+    vs = candidates(v_node, v_layout, product.inner, reach)
+    # reading further back may have cut axes finer: from here on everything is said in the finest
+    over, queries = axes.resolve_dim(over), axes.resolve_dim(queries)
+    keys, width = frozenset(over), frozenset(axes.resolve_dim(tuple(width)))
+    q_layout, v_layout = axes.resolve(q_layout), axes.resolve(v_layout)
     dtype = _dtype(qs, ks, vs, found.product.node, product.node)
     # a factor on v would have to be put back on the output
     vs = [c for c in vs if c.scale == 1.0]
@@ -73,10 +77,9 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     q_atoms = fewest_axes(qs, axes)
     group = [a for a in batch_atoms if a not in without[0] | without[1] and a in q_atoms and a not in first]
     rest = [a for a in batch_atoms if a not in group]
-    layers = tuple(_resolved(layer, axes) for layer in found.at.layers)
-    usual = len([a for dim in outer[:-1] for a in dim if a in rest])
+    layers = as_fills(tuple(_resolved(layer, axes) for layer in found.at.layers), effects, dtype)
+    usual = 1 if len(outer) == 1 else len([a for dim in outer[:-1] for a in dim if a in rest])
     cut = _cut(rest, group, usual, [atoms(_placed(layer).layout) for layer in layers])
-    v_layout = axes.resolve(v_layout)
     v_own = _ordered(v_layout, atoms(v_layout) - keys - set(batch_atoms))
     roles = Roles(
         batch=tuple(rest[:cut]),
@@ -141,8 +144,9 @@ def _queries(layout: Layout, in_k: frozenset[Atom], keys: frozenset[Atom]) -> tu
     return tuple(a for dim in free[-count:] for a in dim)
 
 
-def _one_state(found: Found, anchor: Anchor, product: Node, place: Place) -> State:
-    states = {state_of(node, place.default) for node in (found.product.node, anchor.node, product)}
+def _one_state(found: Found, anchor: Anchor, product: Node, crossed: list[Node], place: Place) -> State:
+    states = {state_of(node, place.default) for node in (*found.at.seen, found.product.node, *crossed, product)}
+    states.add(state_of(anchor.node, place.default))
     if len(states) != 1:
         raise Refuse("mixed_state", anchor.node)
     state = states.pop()
@@ -200,8 +204,19 @@ def _with_axes(found: list[Candidate], group: list[Atom], axes: Axes) -> list[Ca
 
 
 def _best(found: list[Candidate], target: Layout, axes: Axes) -> Candidate:
-    """The candidate that needs the least rearranging; the deepest of equals, because more dies with it."""
-    return min(found, key=lambda c: (_effort(axes.resolve(c.placed.layout), target), -c.depth))
+    """The candidate that folds most scalings and needs the least rearranging; the deepest of equals.
+
+    A free view is well spent on dropping a multiplication of the whole operand, a copy is not.
+    """
+
+    def cost(c: Candidate) -> tuple[bool, int, int, int]:
+        effort = _effort(axes.resolve(c.placed.layout), target)
+        return effort > _FREE, -c.folded, effort, -c.depth
+
+    return min(found, key=cost)
+
+
+_FREE = 3  # up to here only views are needed
 
 
 def _effort(layout: Layout, target: Layout) -> int:

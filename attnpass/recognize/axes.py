@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from attnpass.errors import Refuse
-from attnpass.graph import is_one, same
+from attnpass.graph import is_one, plain, same
 from attnpass.site import Atom, Dim, Layout
 
 
@@ -30,7 +30,7 @@ class Axes:
         if is_one(size):
             return ()
         atom = len(self.size)
-        self.size[atom] = size
+        self.size[atom] = plain(size)
         return (atom,)
 
     def of_shape(self, shape: Sequence[Any]) -> Layout:

@@ -21,7 +21,7 @@ from attnpass.recognize.axes import Axes
 from attnpass.recognize.ops import number_in
 from attnpass.recognize.purity import Effects
 from attnpass.recognize.values import levels
-from attnpass.site import Add, Fill, Layer, Roles
+from attnpass.site import Add, Factor, Fill, Layer, Roles
 from attnpass.spec import BiasSpec, EmptyRow, MaskSpec, Size
 
 CERTAIN = -1e30
@@ -54,6 +54,8 @@ def describe_layers(
             assumptions.append(f"scores stay far above the mask's fill of {fill.value:g} wherever a query has a key")
         else:
             obstacles.append(reason("weak_fill", fill=f"{fill.value:g}"))
+    if dtype == torch.float16 and any(isinstance(a, Add) and levels(a.tensor.node, effects) is None for a in layers):
+        assumptions.append("no query is masked entirely by a float16 bias")
     empty = _empty(layers, fills, effects)
     if empty is None:
         obstacles.append(reason("mixed_fills"))
@@ -92,7 +94,31 @@ def _empty(layers: tuple[Layer, ...], fills: list[Fill], effects: Effects) -> Em
     val = tensor(layers[0].tensor.node) if layers and isinstance(layers[0], Add) else None
     if val is not None and val.is_floating_point() and number_in(lowest, val.dtype) == -math.inf:
         return EmptyRow.NAN
-    return EmptyRow.MEAN if lowest <= ASSUMED else EmptyRow.IMPOSSIBLE
+    bottom = val is not None and val.is_floating_point() and lowest <= torch.finfo(val.dtype).min
+    return EmptyRow.MEAN if lowest <= ASSUMED or bottom else EmptyRow.IMPOSSIBLE
+
+
+def as_fills(layers: tuple[Layer, ...], effects: Effects, dtype: torch.dtype) -> tuple[Layer, ...]:
+    """Additive masks as fills, where the kernel's dtype is too short for them to swallow a score.
+
+    In float16 even the lowest number leaves a score readable beside it, once a kernel adds the two in float32. A tensor
+    that holds only 0 and a fill says which keys it keeps, so the mask can be taken from that.
+    """
+    if dtype != torch.float16:
+        return layers
+    return tuple(_as_fill(layer, effects) if isinstance(layer, Add) else layer for layer in layers)
+
+
+def _as_fill(layer: Add, effects: Effects) -> Layer:
+    found = levels(layer.tensor.node, effects)
+    val = tensor(layer.tensor.node)
+    if found is None or val is None or len(found) != 2 or 0.0 not in found or layer.factor != Factor():
+        return layer
+    fill = min(found)
+    lowest = val.is_floating_point() and fill == torch.finfo(val.dtype).min
+    if not lowest and fill > ASSUMED:
+        return layer
+    return Fill(layer.tensor, off=True, value=fill, lowest=lowest)
 
 
 def _bias(layer: Add, effects: Effects, dtype: torch.dtype, roles: Roles, axes: Axes) -> BiasSpec:

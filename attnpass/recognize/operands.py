@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from attnpass.errors import Refuse
-from attnpass.graph import tensor
+from attnpass.graph import State, state_of, tensor
 from attnpass.recognize import views
 from attnpass.recognize.axes import Axes, atoms
 from attnpass.recognize.ops import bound, number, op_name, pair
@@ -31,26 +31,41 @@ class Candidate:
     scale: float
     dtype: torch.dtype
     depth: int
+    folded: int  # scalings that become part of the kernel's scale
 
 
-def candidates(node: Node, layout: Layout, reader: Node, stop: int, axes: Axes, effects: Effects) -> list[Candidate]:
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """How far back an operand may be read: up to writes before the fused call, and within one grad mode."""
+
+    axes: Axes
+    effects: Effects
+    stop: int  # the position of the fused call
+    state: State
+    default: State
+
+
+def candidates(node: Node, layout: Layout, reader: Node, reach: Reach) -> list[Candidate]:
     """The operand itself and everything behind it that holds the same numbers, nearest first."""
-    if not effects.unchanged(node, effects.position[reader] - 1, stop):
+    axes, effects = reach.axes, reach.effects
+    if not effects.unchanged(node, effects.position[reader] - 1, reach.stop):
         raise Refuse("mutated", node, what=node.name)
-    scale = 1.0
+    scale, folded = 1.0, 0
     out: list[Candidate] = []
     while True:
         val = tensor(node)
         assert val is not None
-        out.append(Candidate(Placed(node, layout), scale, val.dtype, len(out)))
+        out.append(Candidate(Placed(node, layout), scale, val.dtype, len(out), folded))
         further = _further(node, layout, axes, effects)
-        if further is None:
+        # an operation under no_grad stops gradients, even where it is the identity for values
+        if further is None or state_of(node, reach.default).grad != reach.state.grad:
             return out
         node_before, (node, layout, factor) = node, further
         # reading it later than the original did is only allowed while nothing writes to it, this step included
-        if not effects.unchanged(node, effects.position[node_before] - 1, stop):
+        if not effects.unchanged(node, effects.position[node_before] - 1, reach.stop):
             return out
         scale *= factor
+        folded += op_name(node_before) in ("mul", "div")
 
 
 def _further(node: Node, layout: Layout, axes: Axes, effects: Effects) -> tuple[Node, Layout, float] | None:

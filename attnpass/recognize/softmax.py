@@ -159,11 +159,11 @@ def _broadcast_back(term: Node, stat: Node, source: Node, dims: tuple[int, ...])
     forms are accepted.
     """
     rank = len(shape_of(source))
-    if bound(stat).get("keepdim"):
+    if bound(stat).get("keepdim") is True:
         return term is stat or (op_name(term) in ("expand", "expand_as") and term.args[0] is stat)
     if len(dims) != 1 or op_name(term) != "unsqueeze" or term.args[0] is not stat:
         return False
-    return int(bound(term)["dim"]) % rank == dims[0]
+    return bool(bound(term)["dim"] % rank == dims[0])
 
 
 def is_getitem(node: Node, index: int) -> bool:

@@ -7,7 +7,7 @@ made from data holds anything (None). The sets are over-approximations: each val
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def levels(node: Any, effects: Effects, depth: int = 0) -> Levels | None:
     return frozenset(number_in(v, val.dtype) for v in found)
 
 
-def _levels(node: Node, effects: Effects, depth: int) -> Iterable[float] | None:
+def _levels(node: Node, effects: Effects, depth: int) -> Collection[float] | None:
     name = op_name(node)
     if node.op != "call_function":
         return None

@@ -1,0 +1,258 @@
+"""The torch.export front: a rewritten copy of an ExportedProgram, or of a GraphModule of ATen operations.
+
+    program ── copy of each graph, bodies included ── pipeline.run ── sweep, lint ── new program ── _validate
+
+The original is never touched: the copy has graphs of its own and shares the weights. Each graph is rewritten whole or
+left as it was: whatever fails in one (the pass, the sweep, a guard that the rewrite would have added) is a Failure in
+the report, and that graph comes out as it went in. The rewritten program needs nothing of this package to be saved,
+loaded, compiled or run.
+
+Left alone: graphs of Python calls (refused with advice), and a body that is called under two autocast or grad states
+(decided, not rewritten, because one graph cannot serve both).
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, overload
+
+import sympy
+import torch
+from torch.export import ExportedProgram
+from torch.fx import Graph, GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from attnpass import pipeline
+from attnpass.capture import aten
+from attnpass.errors import AttnpassError
+from attnpass.graph import State, fake_mode_of, mark_gradients
+from attnpass.ledger import Decision, Failure, Report
+from attnpass.pipeline import Outcome, Replacement
+from attnpass.policy import Policy
+from attnpass.reasons import Reason, reason
+
+Program = TypeVar("Program", ExportedProgram, GraphModule)
+
+
+@overload
+def rewrite(
+    program: ExportedProgram, *, policy: Policy | None = ..., example_inputs: Sequence[Any] | None = ...
+) -> tuple[ExportedProgram, Report]: ...
+@overload
+def rewrite(
+    program: GraphModule, *, policy: Policy | None = ..., example_inputs: Sequence[Any] | None = ...
+) -> tuple[GraphModule, Report]: ...
+def rewrite(
+    program: ExportedProgram | GraphModule,
+    *,
+    policy: Policy | None = None,
+    example_inputs: Sequence[Any] | None = None,
+) -> tuple[ExportedProgram | GraphModule, Report]:
+    """A copy with every attention replaced that can be, and the report; `example_inputs` only for a GraphModule that
+    carries no shapes.
+    """
+    job = _Job(policy or Policy(), rewrite=True)
+    if isinstance(program, ExportedProgram):
+        return _rewrite_program(program, job)
+    gm = _prepared(program, example_inputs)
+    return job.process(gm, "graph", State()), job.report()
+
+
+def audit(
+    program: ExportedProgram | GraphModule,
+    *,
+    policy: Policy | None = None,
+    example_inputs: Sequence[Any] | None = None,
+) -> Report:
+    """What `rewrite` would do, and why; nothing is changed."""
+    job = _Job(policy or Policy(), rewrite=False)
+    if isinstance(program, ExportedProgram):
+        job.process(program.graph_module, "program", State())
+    else:
+        job.process(_prepared(program, example_inputs), "graph", State())
+    return job.report()
+
+
+def _prepared(program: GraphModule, example_inputs: Sequence[Any] | None) -> GraphModule:
+    if not isinstance(program, GraphModule):
+        raise AttnpassError(
+            f"cannot rewrite {type(program).__name__}; export it first (torch.export.export(model, args)), "
+            "or compile it (torch.compile(model, backend='attnpass'))"
+        )
+    aten.require_aten(program)
+    gm = aten.with_values(program, example_inputs)
+    aten.require_aten(gm)  # with values known, operators on tensors show
+    return gm
+
+
+def _rewrite_program(program: ExportedProgram, job: _Job) -> tuple[ExportedProgram, Report]:
+    job.named = frozenset(_names_kept(program))
+    gm = job.process(program.graph_module, "program", State())
+    try:
+        new = _with_graph(program, gm)
+        new._validate()  # type: ignore[no-untyped-call]
+        return new, job.report()
+    except Exception as error:  # torch's verifier, or ours: the user gets an intact copy and the reason
+        intact = aten.clone(program.graph_module, aten.copy_graph(program.graph))
+        return _with_graph(program, intact), job.report(undone=_first_line(error))
+
+
+def _with_graph(program: ExportedProgram, gm: GraphModule) -> ExportedProgram:
+    with warnings.catch_warnings():
+        # torch copies its own tree specs, and warns of its own class (2.13)
+        warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
+        return program._update(gm, copy.deepcopy(program.graph_signature))
+
+
+def _names_kept(program: ExportedProgram) -> Iterable[str]:
+    """Names by which the program's signatures refer to nodes of the top graph."""
+    signature = program.graph_signature
+    specs: list[Any] = [*signature.input_specs, *signature.output_specs]
+    arguments: list[Any] = [spec.arg for spec in specs]
+    for entry in program.module_call_graph:
+        if entry.signature is not None:
+            arguments += [*entry.signature.inputs, *entry.signature.outputs]
+    for argument in arguments:
+        name = getattr(argument, "name", None)
+        if name:
+            yield name
+
+
+@dataclass
+class _Job:
+    """One walk over a program's graphs, and what it has gathered."""
+
+    policy: Policy
+    rewrite: bool
+    named: frozenset[str] = frozenset()  # nodes of the top graph that signatures name
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def process(
+        self, gm: GraphModule, name: str, state: State, *, settled: bool = True, grad: bool = False
+    ) -> GraphModule:
+        """A copy of `gm` with its graph and those inside it rewritten.
+
+        `settled`: it runs under this state only. `grad`: gradients may flow back through what it is called with.
+        """
+        candidate = aten.copy_graph(gm.graph)
+        aten.mark_states(candidate, state)
+        if grad:
+            aten.mark_inputs(candidate)
+        mark_gradients(candidate, state)
+        flows = {node.name for node in candidate.nodes if node.meta["attnpass_grad"]}
+        outcome = self._run(candidate, name, state, rewrite=self.rewrite and settled)
+        if not settled:
+            outcome = _undone(outcome, reason("mixed_state"))
+        if outcome.failures:
+            candidate = aten.copy_graph(gm.graph)
+        aten.unmark(candidate)
+        self.outcomes.append(outcome)
+        new = aten.clone(gm, candidate)
+        # read from the original: a fused site never holds a call of a body
+        for body in aten.bodies(gm, state):
+            inner = self.process(
+                body.module,
+                f"{name}.{body.path}",
+                body.states[0],
+                settled=settled and len(body.states) == 1,
+                grad=not flows.isdisjoint(body.operands),
+            )
+            aten.put_module(new, body.path, inner)
+        return new
+
+    def _run(self, graph: Graph, name: str, state: State, *, rewrite: bool) -> Outcome:
+        """The pass on one graph in place; after a failure nothing is replaced and the graph is not to be used."""
+        guards = _Guards.of(graph)
+        outcome = Outcome()
+        try:
+            outcome = pipeline.run(graph, name=name, policy=self.policy, state=state, rewrite=rewrite)
+            sweep(graph, outcome.replacements, self.named if "." not in name else frozenset())
+            graph.lint()
+            guards.check()
+        except Exception as error:
+            text = _first_line(error)
+            failure = Failure(graph=name, stage="export", text=text)
+            outcome = _undone(outcome, reason("failed", detail=text))
+            outcome = dataclasses.replace(outcome, failures=(*outcome.failures, failure))
+        return outcome
+
+    def report(self, *, undone: str | None = None) -> Report:
+        outcomes = self.outcomes
+        failures = [failure for outcome in outcomes for failure in outcome.failures]
+        if undone is not None:
+            outcomes = [_undone(outcome, reason("verify_failed", detail=undone)) for outcome in outcomes]
+            failures.append(Failure(graph="program", stage="validate", text=undone))
+        return Report(
+            torch=torch.__version__,
+            sites=tuple(site for outcome in outcomes for site in outcome.decisions),
+            misses=tuple(miss for outcome in outcomes for miss in outcome.misses),
+            failures=tuple(failures),
+        )
+
+
+def sweep(graph: Graph, replacements: Sequence[Replacement], named: frozenset[str] = frozenset()) -> None:
+    """Erase what the rewrite left without readers; nothing else, however dead it looks.
+
+    Where a signature names a site's old output, the fused node takes the name over; other named nodes stay.
+    """
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    heirs = {one.output: one.fused for one in replacements}
+    dead = {node for one in replacements for node in (*one.dead, one.output)}
+    for node in sorted(dead, key=order.__getitem__, reverse=True):
+        if node.users or node.op in ("placeholder", "output"):
+            continue
+        heir = heirs.get(node)
+        if node.name in named and heir is None:
+            continue
+        graph.erase_node(node)
+        if node.name in named and heir is not None:
+            heir.name = node.name
+
+
+@dataclass(frozen=True)
+class _Guards:
+    """What the shape environment had assumed before the pass: a rewrite may not assume more, nobody would check it."""
+
+    env: ShapeEnv | None
+    guards: int
+    replacements: int
+
+    @classmethod
+    def of(cls, graph: Graph) -> _Guards:
+        mode = fake_mode_of(graph)
+        env = mode.shape_env if mode is not None else None
+        return cls(env, len(env.guards), len(env.replacements)) if env is not None else cls(None, 0, 0)
+
+    def check(self) -> None:
+        """Put the environment back, which the original shares, and raise if something was assumed that matters.
+
+        The strides of a fake result may be computed under "this size is not 1": they are not what the real call goes
+        by, and its shape was compared with the original's. Everything else matters.
+        """
+        if self.env is None:
+            return
+        new = [guard.expr for guard in self.env.guards[self.guards :]]
+        del self.env.guards[self.guards :]
+        assumed = [str(expr) for expr in new if not (isinstance(expr, sympy.Ne) and expr.rhs in (0, 1))]
+        if assumed or len(self.env.replacements) != self.replacements:
+            raise RuntimeError(f"the rewrite would hold only under a new condition on sizes: {', '.join(assumed)}")
+
+
+def _undone(outcome: Outcome, why: Reason) -> Outcome:
+    """The outcome of a graph that was put back: its sites are known, none is replaced."""
+
+    def put_back(decision: Decision) -> Decision:
+        if not decision.replaced:
+            return decision
+        return dataclasses.replace(decision, replaced=False, kernel=None, reason=why)
+
+    return dataclasses.replace(outcome, decisions=tuple(map(put_back, outcome.decisions)), replacements=())
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
