@@ -46,7 +46,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """Keeps the functions `report` and `rewrite`, where the import of the modules of that name would replace them."""
+    """Keeps the function `report`: importing the package of that name, which renders reports, would replace it."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):

@@ -118,7 +118,7 @@ def _show(report: Report, options: argparse.Namespace) -> int:
 def _kernels(options: argparse.Namespace) -> int:
     from attnpass.kernels import kernels
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for kernel in kernels():
         missing = kernel.available()
         rows.append(

@@ -157,11 +157,13 @@ def load(path: str) -> Loaded:
     _look_inside(path)
     import torch
 
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"": None}  # torch fills it with all there is, unless it is empty
     causes: list[BaseException] = []
     try:
         with _overheard(causes):
-            return Loaded(torch.export.load(path, extra_files=extra), extra)
+            program = torch.export.load(path, extra_files=extra)
+        del extra[""]
+        return Loaded(program, extra)
     except Exception as error:
         raise AttnpassError(_why_not_loaded(path, causes[0] if causes else error)) from error
 

@@ -136,10 +136,11 @@ def vit() -> Example:
 
 
 def llama() -> Example:
+    _hide_broken_torchvision()
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except (ImportError, OSError, RuntimeError) as error:
-        raise AttnpassError(f"left out, transformers cannot be imported ({error}); pip install transformers") from error
+        raise AttnpassError(f"left out: transformers cannot be imported, pip install transformers ({error})") from error
     config = LlamaConfig(
         vocab_size=2048,
         hidden_size=384,
@@ -157,6 +158,14 @@ def llama() -> Example:
         {"use_cache": False},
         lambda out: out.logits,
     )
+
+
+def _hide_broken_torchvision() -> None:
+    """transformers imports a torchvision that is built for another torch, and then cannot be imported itself."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, OSError, RuntimeError):
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
 
 
 EXAMPLES = (gpt, vit, llama)
@@ -192,7 +201,9 @@ def _compilers() -> tuple[Callable[..., Any], Callable[..., Any], str]:
     # the name works once the package is installed; from a source tree its function does
     backend: Any = "attnpass"
     if backend not in torch._dynamo.list_backends():
-        from attnpass.capture.dynamo import backend
+        from attnpass.capture import dynamo
+
+        backend = dynamo.backend
     if _has_compiler():
         return torch.compile, lambda model: torch.compile(model, backend=backend), "inductor"
     return (

@@ -46,6 +46,8 @@ def _build(b: Builder, site: Site, kernel: Kernel) -> Node:
     q, k, scale = _scaled(b, site, q, k, sizes)
     q, k, v = (_cast(b, node, dtype) for node in (q, k, v))
     dense = dense_mask(b, site, sizes, dtype)
+    if dense.silent is not None:
+        q = b.call(aten.where.ScalarOther, b.call(aten.logical_not.default, dense.silent), q, 0.0)
     call = Call(
         q=q,
         k=k,
@@ -57,7 +59,10 @@ def _build(b: Builder, site: Site, kernel: Kernel) -> Node:
         spec=spec,
     )
     out = kernel.emit(b, call)
-    out = answered(b, out, v, dense, spec.groups)
+    if site.output_written and spec.grad:
+        # a fused kernel's backward reads its result again; the original's product did not
+        out = b.call(aten.clone.default, out)
+    out = answered(b, out, call, dense, sizes, site)
     layout: Layout = (roles.batch, roles.heads, roles.queries, roles.v_width)
     out = arrange(b, Placed(out, layout), site.output_layout, sizes, expand=True)
     old = tensor(site.output)

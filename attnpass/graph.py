@@ -31,6 +31,7 @@ class State:
     autocast: tuple[tuple[str, torch.dtype, bool], ...] = ()  # (device type, dtype, enabled)
     grad: bool = True
     functorch: int = 0  # depth of vmap/grad/jvp levels
+    inference: bool = False  # the graph may be run under either grad mode; choose as if without
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

@@ -20,13 +20,15 @@ from torch.fx import Node
 
 from attnpass.arrange import Sizes, arrange
 from attnpass.graph import Builder, tensor
-from attnpass.site import Add, Factor, Fill, Layout, Site
+from attnpass.site import Add, Call, Factor, Fill, Layout, Site
 from attnpass.spec import EmptyRow
 
 aten = torch.ops.aten
 
 # In float32 a score is swallowed by this bias just as by the lowest float, but no kernel's change of base overflows.
 FLOOR = -1e30
+BLURRED = -1e4  # beside a bias this low float32 keeps less of a log-sum-exp than a fused backward needs
+SWALLOWED = -1e8  # ... and this low nothing of an ordinary score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,8 @@ class Dense:
     mask: Node | None
     alive: Node | None = None  # True where the row has a key; None when every row has one
     answer: EmptyRow = EmptyRow.IMPOSSIBLE
+    flows: bool = False  # the original's gradients reach the scores of a row without a key
+    silent: Node | None = None  # True where the bias swallows the scores: the queries there count as zero
 
 
 def dense_mask(b: Builder, site: Site, sizes: Sizes, dtype: torch.dtype) -> Dense:
@@ -46,9 +50,7 @@ def dense_mask(b: Builder, site: Site, sizes: Sizes, dtype: torch.dtype) -> Dens
     fills = [layer for layer in site.layers if isinstance(layer, Fill)]
     if not fills:
         return _added_only(b, site, sizes, target, dtype)
-    last = max(i for i, layer in enumerate(site.layers) if isinstance(layer, Fill))
-    outside = any(isinstance(layer, Add) for layer in site.layers[:last])
-    if outside and not math.isinf(fills[0].value):
+    if site.in_order:
         return _in_order(b, site, sizes, target, dtype)
     return _kept(b, site, sizes, target, dtype, fills)
 
@@ -78,22 +80,54 @@ def _kept(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dty
     else:
         narrow = _narrow(b, bias, dtype)
         mask = b.call(aten.where.ScalarOther, keep, narrow, -math.inf)
-    return Dense(mask=mask, alive=alive, answer=site.spec.empty_rows)
+    flows = site.spec.grad and all(fill.additive for fill in fills)
+    return Dense(mask=mask, alive=alive, answer=site.spec.empty_rows, flows=flows)
 
 
 def _added_only(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dtype) -> Dense:
     bias = _sum(b, [layer for layer in site.layers if isinstance(layer, Add)], sizes, target)
     assert bias is not None
-    alive: Node | None = None
-    if site.spec.empty_rows is EmptyRow.NAN:
-        # a row of -inf alone is nan in the original; the kernel is given zeros there and the row is answered below
-        alive = b.call(aten.ne.Scalar, b.call(aten.amax.default, bias, [-1], True), -math.inf)
+    if site.spec.empty_rows is EmptyRow.IMPOSSIBLE:
+        return Dense(mask=_narrow(b, bias, dtype))
+    return _with_low_rows(b, site, bias, dtype)
+
+
+def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype) -> Dense:
+    """A bias that may leave rows without any ordinary key.
+
+    A row of -inf alone is nan in the original: the kernel is given zeros there and the row is answered afterwards. A
+    row of very low numbers swallows its scores, in the original as in a kernel's forward; but kernels keep only
+    log-sum-exp for the backward, and that is swallowed too. Softmax does not change when a row is shifted, so such rows
+    are shifted up to zero, with queries of zero in place of the scores that did not count.
+    """
+    val = tensor(bias)
+    assert val is not None
+    if site.floored:
+        bias = b.call(aten.clamp.default, bias, torch.finfo(val.dtype).min)
+    # two finite fills in one place may add up to -inf, in the original as here
+    nan = not site.floored and (site.in_order or site.spec.empty_rows is EmptyRow.NAN)
+    finite = [f.value for f in site.layers if isinstance(f, Fill) and math.isfinite(f.value)]
+    shift = site.spec.grad or any(v > FLOOR for v in finite)
+    if not nan and not shift:
+        return Dense(mask=_narrow(b, bias, dtype))
+    top = b.call(aten.amax.default, bias, [-1], True)
+    silent: Node | None = None
+    if shift:
+        silent = b.call(aten.le.Scalar, top, SWALLOWED)
+        shifted = b.call(aten.sub.Tensor, bias, b.call(aten.detach.default, top))
+        bias = b.call(aten.where.self, b.call(aten.le.Scalar, top, BLURRED), shifted, bias)
+    alive = b.call(aten.ne.Scalar, top, -math.inf) if nan else None
+    if alive is not None:
         bias = b.call(aten.where.ScalarOther, alive, bias, 0.0)
-    return Dense(mask=_narrow(b, bias, dtype), alive=alive, answer=site.spec.empty_rows)
+    answer = EmptyRow.NAN if nan else EmptyRow.IMPOSSIBLE
+    return Dense(mask=_narrow(b, bias, dtype), alive=alive, answer=answer, silent=silent)
 
 
 def _in_order(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dtype) -> Dense:
-    """Terms added outside a finite fill: fill and terms are summed as the original does, scores being swallowed."""
+    """Fills and terms one after the other, as the original has them, on scores of zero.
+
+    Exact because a fill swallows the score in its place; rows of nothing but fills are put right below.
+    """
     bias: Node | None = None
     for layer in reversed(site.layers):
         if isinstance(layer, Add):
@@ -106,10 +140,7 @@ def _in_order(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch
         else:
             bias = b.call(aten.where.ScalarOther, keep, bias, layer.value)
     assert bias is not None
-    # two finite fills in one place add up to -inf, in the original as here
-    alive = b.call(aten.ne.Scalar, b.call(aten.amax.default, bias, [-1], True), -math.inf)
-    bias = b.call(aten.where.ScalarOther, alive, bias, 0.0)
-    return Dense(mask=_narrow(b, bias, dtype), alive=alive, answer=EmptyRow.NAN)
+    return _with_low_rows(b, site, bias, dtype)
 
 
 def _device(node: Node) -> torch.device:
@@ -163,7 +194,7 @@ def _narrow(b: Builder, bias: Node, dtype: torch.dtype) -> Node:
     return bias if val.dtype == dtype else b.call(aten.to.dtype, bias, dtype)
 
 
-def answered(b: Builder, out: Node, v: Node, dense: Dense, groups: int) -> Node:
+def answered(b: Builder, out: Node, call: Call, dense: Dense, sizes: Sizes, site: Site) -> Node:
     """The kernel's result with the rows without a key as the original has them."""
     if dense.alive is None:
         return out
@@ -171,7 +202,29 @@ def answered(b: Builder, out: Node, v: Node, dense: Dense, groups: int) -> Node:
         return b.call(aten.where.ScalarOther, dense.alive, out, math.nan)
     if dense.answer is EmptyRow.ZERO:
         return b.call(aten.where.ScalarOther, dense.alive, out, 0.0)
-    mean = b.call(aten.mean.dim, v, [2], True)
-    if groups > 1:
-        mean = b.call(aten.repeat_interleave.self_int, mean, groups, 1)
+    mean = b.call(aten.mean.dim, call.v, [2], True)
+    if call.groups > 1:
+        mean = b.call(aten.repeat_interleave.self_int, mean, call.groups, 1)
+    if dense.flows:
+        mean = b.call(aten.add.Tensor, mean, _first_order(b, call, sizes, site))
     return b.call(aten.where.self, dense.alive, out, mean)
+
+
+def _first_order(b: Builder, call: Call, sizes: Sizes, site: Site) -> Node:
+    """Zero, with the gradient that an additive mask lets through to q and k in a row without a key.
+
+    There all probabilities are 1/n, and the original's backward sends dS = (1/n) dO (v - mean v) on into the scores.
+    The same gradient belongs to the linear term of softmax around equal scores,
+
+        (scale / n) * sum_j (v_j - mean v) (k_j . q)
+
+    taken for q and k (v held still) and then subtracted from itself, which costs two small products.
+    """
+    still = b.call(aten.detach.default, call.v)
+    centred = b.call(aten.sub.Tensor, still, b.call(aten.mean.dim, still, [2], True))
+    across = b.call(aten.matmul.default, b.call(aten.transpose.int, call.k, -1, -2), centred)
+    if call.groups > 1:
+        across = b.call(aten.repeat_interleave.self_int, across, call.groups, 1)
+    across = b.call(aten.div.Scalar, across, sizes.dim(site.roles.keys))
+    term = b.call(aten.mul.Scalar, b.call(aten.matmul.default, call.q, across), call.scale)
+    return b.call(aten.sub.Tensor, term, b.call(aten.detach.default, term))

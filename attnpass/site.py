@@ -66,6 +66,7 @@ class Fill:
     off: bool  # the truth value of the mask at which the fill applies
     value: float
     lowest: bool = False  # the fill is the lowest finite number of the scores' dtype: no score can be below it
+    additive: bool = False  # was written as an addition, through which gradients still reach the scores
 
 
 Layer = Add | Fill
@@ -98,6 +99,8 @@ class Site:
     roles: Roles
     scale: Factor
     layers: tuple[Layer, ...]  # outermost first, as they were met from the softmax inwards
+    in_order: bool = False  # the layers have to be evaluated one after the other, as the original does
+    floored: bool = False  # the original clamps its scores at the lowest finite number
     softcap: float | None
     sink: Placed | None
     dropout: float | Node  # live probability; 0.0 in evaluation
@@ -105,6 +108,7 @@ class Site:
     region: tuple[Node, ...]  # everything between q, k, v and output, in graph order
     other_readers: tuple[Node, ...] = ()  # nodes outside that read scores or probabilities
     state: State = field(default_factory=State)
+    output_written: bool = False  # something later writes into the output in place
     assumptions: tuple[str, ...] = ()
     obstacles: tuple[Reason, ...] = ()  # why no kernel whatever may replace it
     existing_call: bool = False  # the anchor is a scaled_dot_product_attention call

@@ -76,7 +76,8 @@ class AttentionSpec:
     softcap: float | None = None
     sink: bool = False
     empty_rows: EmptyRow = EmptyRow.IMPOSSIBLE
-    grad: bool = False  # gradients of q, k or v are needed
+    grad: bool = False  # gradients of q, k or v may be asked for
+    inference: bool = False  # ... but most likely are not: what is fast may be chosen for a forward pass alone
     weights_used: bool = False  # scores or probabilities are read by something else too
 
     @property

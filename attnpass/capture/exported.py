@@ -20,7 +20,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
-import sympy
 import torch
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule
@@ -91,6 +90,7 @@ def _prepared(program: GraphModule, example_inputs: Sequence[Any] | None) -> Gra
 
 def _rewrite_program(program: ExportedProgram, job: _Job) -> tuple[ExportedProgram, Report]:
     job.named = frozenset(_names_kept(program))
+    job.numbers = _numbers(program)
     gm = job.process(program.graph_module, "program", State())
     try:
         new = _with_graph(program, gm)
@@ -106,6 +106,20 @@ def _with_graph(program: ExportedProgram, gm: GraphModule) -> ExportedProgram:
         # torch copies its own tree specs, and warns of its own class (2.13)
         warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated", category=FutureWarning)
         return program._update(gm, copy.deepcopy(program.graph_signature))
+
+
+def _numbers(program: ExportedProgram) -> dict[str, float]:
+    """Scalar literals (``torch.tensor(1e-4)`` in the code) that export lifted into constant inputs.
+
+    Unlike buffers they are no state of the model: nothing outside the program holds them.
+    """
+    lifted = program.graph_signature.inputs_to_lifted_tensor_constants
+    found = {name: program.constants.get(target) for name, target in lifted.items()}
+    return {
+        name: float(tensor.item())
+        for name, tensor in found.items()
+        if isinstance(tensor, torch.Tensor) and tensor.numel() == 1 and not tensor.is_complex()
+    }
 
 
 def _names_kept(program: ExportedProgram) -> Iterable[str]:
@@ -129,6 +143,7 @@ class _Job:
     policy: Policy
     rewrite: bool
     named: frozenset[str] = frozenset()  # nodes of the top graph that signatures name
+    numbers: dict[str, float] = field(default_factory=dict)  # inputs of the top graph that are literals of the code
     outcomes: list[Outcome] = field(default_factory=list)
 
     def process(
@@ -142,6 +157,10 @@ class _Job:
         aten.mark_states(candidate, state)
         if grad:
             aten.mark_inputs(candidate)
+        if "." not in name:
+            for node in candidate.nodes:
+                if node.op == "placeholder" and node.name in self.numbers:
+                    node.meta["attnpass_constant"] = self.numbers[node.name]
         mark_gradients(candidate, state)
         flows = {node.name for node in candidate.nodes if node.meta["attnpass_grad"]}
         outcome = self._run(candidate, name, state, rewrite=self.rewrite and settled)
@@ -237,7 +256,7 @@ class _Guards:
             return
         new = [guard.expr for guard in self.env.guards[self.guards :]]
         del self.env.guards[self.guards :]
-        assumed = [str(expr) for expr in new if not (isinstance(expr, sympy.Ne) and expr.rhs in (0, 1))]
+        assumed = [str(expr) for expr in new if not (getattr(expr, "rel_op", None) == "!=" and expr.rhs in (0, 1))]
         if assumed or len(self.env.replacements) != self.replacements:
             raise RuntimeError(f"the rewrite would hold only under a new condition on sizes: {', '.join(assumed)}")
 

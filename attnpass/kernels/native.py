@@ -67,7 +67,8 @@ class Native(Kernel):
         out = b.call(aten.scaled_dot_product_attention.default, q, k, v, call.mask, float(call.dropout), False, **extra)
         val = tensor(out)
         assert val is not None
-        return out if val.shape[-1] == width else b.call(aten.slice.Tensor, out, -1, 0, width)
+        padded = isinstance(width, int) and val.shape[-1] != width  # a symbolic width is never padded
+        return b.call(aten.slice.Tensor, out, -1, 0, width) if padded else out
 
 
 def _one_width(b: Builder, q: Node, k: Node, v: Node) -> tuple[Node, Node, Node]:
@@ -96,7 +97,7 @@ def _cpu(spec: AttentionSpec) -> Iterator[str]:
         yield f"keys of width {spec.qk_width} with values of width {spec.v_width} on the CPU"
     if spec.dropout != 0.0:
         yield "dropout on the CPU"
-    if any(bias.grad for bias in spec.bias):
+    if any(bias.grad for bias in spec.bias) and not spec.inference:
         yield "a bias that needs a gradient on the CPU"
 
 

@@ -77,7 +77,8 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     q_atoms = fewest_axes(qs, axes)
     group = [a for a in batch_atoms if a not in without[0] | without[1] and a in q_atoms and a not in first]
     rest = [a for a in batch_atoms if a not in group]
-    layers = as_fills(tuple(_resolved(layer, axes) for layer in found.at.layers), effects, dtype)
+    grad = any(x.meta.get("attnpass_grad", False) for x in (found.q, found.k, v_node))
+    layers = as_fills(tuple(_resolved(layer, axes) for layer in found.at.layers), effects, dtype, grad=grad)
     usual = 1 if len(outer) == 1 else len([a for dim in outer[:-1] for a in dim if a in rest])
     cut = _cut(rest, group, usual, [atoms(_placed(layer).layout) for layer in layers])
     v_own = _ordered(v_layout, atoms(v_layout) - keys - set(batch_atoms))
@@ -99,9 +100,12 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
         scale, tensors=tuple((Placed(p.node, axes.resolve(p.layout)), power) for p, power in scale.tensors)
     )
     others = _escaping([*found.at.seen, *anchor.parts], anchor, out, place)
-    masks = describe_layers(layers, effects, dtype, roles, axes)
-    grad = any(x.meta.get("attnpass_grad", False) for x in (found.q, found.k, v_node))
+    masks = describe_layers(layers, effects, dtype, roles, axes, grad=grad, floored=found.at.floored)
     spec = _spec(roles, axes, dtype, scale, found, out, masks, anchor, grad=grad, weights_used=bool(others))
+    spec = dataclasses.replace(spec, inference=state.inference)
+    for extra in (*map(_placed, layers), *(p for p, _ in scale.tensors)):
+        if not effects.unchanged(extra.node, effects.position[extra.node], reach.until(grad)):
+            raise Refuse("mutated", extra.node, what=extra.node.name)
     obstacles = (*masks.obstacles, *_used(others, out))
     _same_device([q.placed, k.placed, v.placed, *map(_placed, layers)], anchor)
     trail = tuple(describe(node) for node in found.at.seen)
@@ -117,6 +121,8 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
         roles=roles,
         scale=scale,
         layers=layers,
+        in_order=masks.in_order,
+        floored=found.at.floored,
         softcap=found.at.softcap,
         sink=found.at.sink,
         dropout=out.dropout,
@@ -126,6 +132,7 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
         state=state,
         assumptions=(*masks.assumptions, *(_STREAM if out.dropout != 0.0 else ())),
         obstacles=obstacles,
+        output_written=effects.written(product.node),
         trail=trail,
     )
 

@@ -26,6 +26,7 @@ from attnpass.spec import BiasSpec, EmptyRow, MaskSpec, Size
 
 CERTAIN = -1e30
 ASSUMED = -1e8
+BLURS = -6e4  # beside a bias this low a score loses digits that matter (the lowest float16 is about there)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +36,24 @@ class Meaning:
     mask: MaskSpec
     bias: tuple[BiasSpec, ...]
     empty: EmptyRow
+    in_order: bool  # masks of several kinds: what a row without a key gives follows from their order
     assumptions: tuple[str, ...] = ()
     obstacles: tuple[Reason, ...] = ()
 
 
 def describe_layers(
-    layers: tuple[Layer, ...], effects: Effects, dtype: torch.dtype, roles: Roles, axes: Axes
+    layers: tuple[Layer, ...],
+    effects: Effects,
+    dtype: torch.dtype,
+    roles: Roles,
+    axes: Axes,
+    *,
+    grad: bool,
+    floored: bool,
 ) -> Meaning:
     """Facts about all masks and biases of one site."""
     fills = [layer for layer in layers if isinstance(layer, Fill)]
-    bias = tuple(_bias(layer, effects, dtype, roles, axes) for layer in layers if isinstance(layer, Add))
+    adds = [layer for layer in layers if isinstance(layer, Add)]
     assumptions: list[str] = []
     obstacles: list[Reason] = []
     for fill in {f.value: f for f in fills}.values():
@@ -54,57 +63,57 @@ def describe_layers(
             assumptions.append(f"scores stay far above the mask's fill of {fill.value:g} wherever a query has a key")
         else:
             obstacles.append(reason("weak_fill", fill=f"{fill.value:g}"))
-    if dtype == torch.float16 and any(isinstance(a, Add) and levels(a.tensor.node, effects) is None for a in layers):
+    if dtype == torch.float16 and any(levels(layer.tensor.node, effects) is None for layer in adds):
         assumptions.append("no query is masked entirely by a float16 bias")
-    empty = _empty(layers, fills, effects)
-    if empty is None:
-        obstacles.append(reason("mixed_fills"))
-        empty = EmptyRow.MEAN
+    lowest = _lowest(adds, effects)
+    in_order = bool(fills) and (len({f.value for f in fills}) > 1 or (bool(adds) and not lowest > BLURS))
+    empty = _empty(fills, lowest, floored=floored)
+    blurred = (bool(adds) and empty is not EmptyRow.IMPOSSIBLE) or len({f.additive for f in fills}) > 1
+    if grad and blurred:
+        assumptions.append("no gradient is asked of a query that a bias masks entirely")
     return Meaning(
         mask=MaskSpec(dense=bool(fills)),
-        bias=bias,
+        bias=tuple(_bias(layer, effects, dtype, roles, axes) for layer in adds),
         empty=empty,
+        in_order=in_order,
         assumptions=tuple(assumptions),
         obstacles=tuple(obstacles),
     )
 
 
-def _empty(layers: tuple[Layer, ...], fills: list[Fill], effects: Effects) -> EmptyRow | None:
-    """What a row without any key gives; None when masks of several kinds make it none of the known answers."""
-    values = {f.value for f in fills}
-    if len(values) > 1:
-        return None
-    if values == {-math.inf}:
-        return EmptyRow.NAN
-    if values:
-        outermost_fill = next(i for i, layer in enumerate(layers) if isinstance(layer, Fill))
-        innermost_fill = max(i for i, layer in enumerate(layers) if isinstance(layer, Fill))
-        outside = [layer for layer in layers[:innermost_fill] if isinstance(layer, Add)]
-        if not outside:
-            return EmptyRow.MEAN
-        # an additive term outside a finite fill tells filled keys apart; exact only where the fill swallows scores
-        return EmptyRow.MEAN if next(iter(values)) <= CERTAIN and outermost_fill >= 0 else None
-    lowest = 0.0
-    for layer in layers:
-        assert isinstance(layer, Add)
+def _lowest(adds: list[Add], effects: Effects) -> float:
+    """The lowest that all terms together may be; -inf where that is unknown."""
+    total = 0.0
+    for layer in adds:
         found = levels(layer.tensor.node, effects)
-        if found is None or not layer.factor.is_number:
-            return EmptyRow.NAN
-        lowest += min(0.0, *(v * layer.factor.number for v in found))
-    val = tensor(layers[0].tensor.node) if layers and isinstance(layers[0], Add) else None
-    if val is not None and val.is_floating_point() and number_in(lowest, val.dtype) == -math.inf:
-        return EmptyRow.NAN
-    bottom = val is not None and val.is_floating_point() and lowest <= torch.finfo(val.dtype).min
-    return EmptyRow.MEAN if lowest <= ASSUMED or bottom else EmptyRow.IMPOSSIBLE
+        val = tensor(layer.tensor.node)
+        if found is None or val is None or not layer.factor.is_number:
+            return -math.inf
+        total += min(0.0, *(v * layer.factor.number for v in found))
+        if val.is_floating_point() and number_in(total, val.dtype) == -math.inf:
+            return -math.inf
+    return total
 
 
-def as_fills(layers: tuple[Layer, ...], effects: Effects, dtype: torch.dtype) -> tuple[Layer, ...]:
-    """Additive masks as fills, where the kernel's dtype is too short for them to swallow a score.
+def _empty(fills: list[Fill], lowest: float, *, floored: bool) -> EmptyRow:
+    """What a row without any key gives."""
+    never = EmptyRow.MEAN if floored else EmptyRow.NAN
+    if any(f.value == -math.inf for f in fills) or lowest == -math.inf:
+        return never
+    # beside a fill that is finite, or a bias that swallows scores, all keys weigh the same
+    return EmptyRow.MEAN if fills or lowest <= BLURS else EmptyRow.IMPOSSIBLE
 
-    In float16 even the lowest number leaves a score readable beside it, once a kernel adds the two in float32. A tensor
-    that holds only 0 and a fill says which keys it keeps, so the mask can be taken from that.
+
+def as_fills(layers: tuple[Layer, ...], effects: Effects, dtype: torch.dtype, *, grad: bool) -> tuple[Layer, ...]:
+    """Additive masks as fills, where adding them in a fused kernel would not do.
+
+    In float16 even the lowest number leaves a score readable beside it, once a kernel adds the two in float32. Where
+    gradients are needed, kernels keep log-sum-exp instead of probabilities: for a row of finfo.min alone it swallows
+    the number of keys, so that the backward takes every probability for 1. A tensor that holds only 0 and a fill says
+    which keys it keeps, so the mask can be taken from that; beside other fills that also makes them of one kind.
     """
-    if dtype != torch.float16:
+    mixed = len({isinstance(layer, Fill) for layer in layers}) > 1
+    if dtype != torch.float16 and not grad and not mixed:
         return layers
     return tuple(_as_fill(layer, effects) if isinstance(layer, Add) else layer for layer in layers)
 
@@ -118,7 +127,7 @@ def _as_fill(layer: Add, effects: Effects) -> Layer:
     lowest = val.is_floating_point() and fill == torch.finfo(val.dtype).min
     if not lowest and fill > ASSUMED:
         return layer
-    return Fill(layer.tensor, off=True, value=fill, lowest=lowest)
+    return Fill(layer.tensor, off=True, value=fill, lowest=lowest, additive=True)
 
 
 def _bias(layer: Add, effects: Effects, dtype: torch.dtype, roles: Roles, axes: Axes) -> BiasSpec:

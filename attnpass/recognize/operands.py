@@ -44,6 +44,10 @@ class Reach:
     state: State
     default: State
 
+    def until(self, grad: bool) -> int:
+        """How long a tensor must stay as it is: a kernel's backward reads its arguments again."""
+        return len(self.effects.position) if grad else self.stop
+
 
 def candidates(node: Node, layout: Layout, reader: Node, reach: Reach) -> list[Candidate]:
     """The operand itself and everything behind it that holds the same numbers, nearest first."""
@@ -62,7 +66,8 @@ def candidates(node: Node, layout: Layout, reader: Node, reach: Reach) -> list[C
             return out
         node_before, (node, layout, factor) = node, further
         # reading it later than the original did is only allowed while nothing writes to it, this step included
-        if not effects.unchanged(node, effects.position[node_before] - 1, reach.stop):
+        stop = reach.until(node.meta.get("attnpass_grad", False))
+        if not effects.unchanged(node, effects.position[node_before] - 1, stop):
             return out
         scale *= factor
         folded += op_name(node_before) in ("mul", "div")

@@ -280,6 +280,22 @@ def where(w: Walker, at: Inner) -> Inner:
     return at.step(source, w.place(at, source).layout, layers=(*at.layers, layer))
 
 
+@register_rule("maximum", "max", "clamp", "clamp_min")
+def floored(w: Walker, at: Inner) -> Inner:
+    # clamping at the lowest finite number changes no score that is a number; only -inf becomes that number
+    args = bound(at.node)
+    if len(args) < 2 or "dim" in args or args.get("max") is not None or at.softcap is not None or at.sink is not None:
+        raise Refuse("nonlinear_scores", at.node, op=op_name(at.node))
+    a, b = pair(at.node)
+    scores, floor = (a, b) if w.has_product(a) else (b, a)
+    if not w.has_product(scores):
+        raise Refuse("no_product_before", at.node, op=op_name(at.node))
+    if w.number(floor) != torch.finfo(_floating(at)).min:
+        raise Refuse("nonlinear_scores", at.node, op=op_name(at.node))
+    source = w.read(at.node, scores)
+    return at.step(source, w.place(at, source).layout, floored=True)
+
+
 @register_rule("tanh")
 def softcap(w: Walker, at: Inner) -> Inner:
     # cap * tanh(x / cap): the factor collected outside is the cap, the one met further in contains 1 / cap

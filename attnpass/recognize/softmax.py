@@ -11,7 +11,6 @@ A softmax with something added to its denominator is another function and no anc
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -164,7 +163,3 @@ def _broadcast_back(term: Node, stat: Node, source: Node, dims: tuple[int, ...])
     if len(dims) != 1 or op_name(term) != "unsqueeze" or term.args[0] is not stat:
         return False
     return bool(bound(term)["dim"] % rank == dims[0])
-
-
-def is_getitem(node: Node, index: int) -> bool:
-    return node.target is operator.getitem and node.args[1] == index

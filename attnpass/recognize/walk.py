@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from attnpass.errors import Refuse
@@ -42,6 +43,7 @@ class Inner:
     layers: tuple[Layer, ...] = ()
     softcap: float | None = None
     sink: Placed | None = None
+    floored: bool = False  # scores are clamped from below at the lowest finite number
     seen: tuple[Node, ...] = ()  # the nodes crossed, outermost first
     forks: int = 0
 
@@ -207,7 +209,11 @@ class Walker:
 
     def _stopped(self, at: Inner) -> Refuse:
         name = op_name(at.node)
-        if at.node.op in ("placeholder", "get_attr") or name == "python:getitem":
+        if name == "python:getitem" and isinstance(at.node.args[0], Node):
+            source = at.node.args[0]
+            opaque = not isinstance(source.target, torch._ops.OpOverload)
+            return Refuse("graph_input" if opaque else "no_product_before", at.node, op=describe(source))
+        if at.node.op in ("placeholder", "get_attr"):
             return Refuse("graph_input", at.node, op=describe(at.node))
         deeper = any(self.has_product(arg) for arg in at.node.all_input_nodes)
         if name in ("linear", "addmm", "conv2d", "conv1d", "convolution"):
