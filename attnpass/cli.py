@@ -108,8 +108,16 @@ def _rewrite(options: argparse.Namespace) -> int:
 
 
 def _show(report: Report, options: argparse.Namespace) -> int:
+    if options.html is not None:
+        from attnpass.report.html import to_html
+
+        cli_files.write_text(options.html, to_html(report))
     if options.json:
         print(report.to_json())
+    elif not options.quiet and sys.stdout.isatty():
+        from attnpass.report.text import to_rich
+
+        _print(to_rich(report))
     elif not options.quiet:
         print(report)
     return FINE if report.replaced else NOTHING_REPLACED
@@ -253,6 +261,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="import this module first: one that defines operators which the program uses",
     )
+    models.add_argument("--html", metavar="FILE", help="write the report as one self-contained page, too")
 
     parser = argparse.ArgumentParser(
         prog="attnpass",

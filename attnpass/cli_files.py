@@ -259,3 +259,11 @@ def save(loaded: Loaded, path: str) -> None:
             os.replace(written, out)
     except Exception as error:
         raise AttnpassError(f"{path} cannot be written: {first_line(error)}") from error
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a small file whole."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise AttnpassError(f"{path} cannot be written: {error.strerror}") from error

@@ -8,8 +8,6 @@ everything has been built and checked, so a failure leaves the graph as it was.
 
 from __future__ import annotations
 
-import operator
-
 import torch
 from torch.fx import Graph, Node
 
@@ -35,7 +33,7 @@ def build(graph: Graph, site: Site, kernel: Kernel) -> tuple[Builder, Node]:
 
 def _build(b: Builder, site: Site, kernel: Kernel) -> Node:
     roles, spec = site.roles, site.spec
-    dtype: torch.dtype = getattr(torch, spec.dtype)
+    dtype: torch.dtype = getattr(torch, kernel.compute_dtype(spec))
     placed = [site.q, site.k, site.v, *(p for p, _ in site.scale.tensors)]
     placed += [layer.tensor if hasattr(layer, "tensor") else layer.mask for layer in site.layers]
     sizes = Sizes(b, site.sizes, [p.node for p in placed] + [site.output])
@@ -76,8 +74,8 @@ def _cast(b: Builder, node: Node, dtype: torch.dtype) -> Node:
     return node if val.dtype == dtype else b.call(aten.to.dtype, node, dtype)
 
 
-def _scaled(b: Builder, site: Site, q: Node, k: Node, sizes: Sizes) -> tuple[Node, Node, float | Node]:
-    """Tensor factors go into q, or into k where they depend on the keys; numbers become the kernel's scale."""
+def _scaled(b: Builder, site: Site, q: Node, k: Node, sizes: Sizes) -> tuple[Node, Node, float]:
+    """Tensor factors go into q, or into k where they depend on the keys; known numbers become the kernel's scale."""
     roles = site.roles
     shared = roles.heads[: len(roles.heads) - len(roles.group)]
     for placed, power in site.scale.tensors:
@@ -89,7 +87,7 @@ def _scaled(b: Builder, site: Site, q: Node, k: Node, sizes: Sizes) -> tuple[Nod
             k = multiplied(b, k, one, sizes, (roles.batch, shared, roles.keys, ()))
         else:
             q = multiplied(b, q, one, sizes, (roles.batch, roles.heads, roles.queries, ()))
-    scale: float | Node = site.scale.number
     for node, power in site.scale.scalars:
-        scale = b.call(operator.mul if power > 0 else operator.truediv, scale, node)
-    return q, k, scale
+        # the fused call takes a plain number only: a symbolic one would be settled by a guard
+        q = b.call(aten.mul.Tensor if power > 0 else aten.div.Tensor, q, node)
+    return q, k, site.scale.number

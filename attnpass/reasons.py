@@ -224,7 +224,7 @@ CATALOGUE: dict[str, Entry] = {
 
 def reason(code: str, **details: Any) -> Reason:
     """The reason of this code with its particulars filled in; an unknown code is a programming error."""
-    return Reason(code, CATALOGUE[code].text.format_map(_Details(details)))
+    return Reason(code, CATALOGUE[code].text.format_map(_Details(details)).strip())
 
 
 class _Details(dict[str, Any]):

@@ -86,6 +86,10 @@ class Kernel(ABC):
         if spec.grad and not can.backward:
             yield reason("grad", detail="")
 
+    def compute_dtype(self, spec: AttentionSpec) -> str:
+        """The dtype that operands and bias are cast to before the call; never narrower than the spec's."""
+        return spec.dtype
+
     def cost(self, spec: AttentionSpec) -> float | None:
         """Expected microseconds of one forward call."""
         return None

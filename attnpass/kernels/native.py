@@ -44,11 +44,16 @@ class Native(Kernel):
     def refusals(self, spec: AttentionSpec) -> Iterator[Reason]:
         yield from super().refusals(spec)
         for bias in spec.bias:
-            if not bias.exact:
+            if not bias.exact and self.compute_dtype(spec) == spec.dtype:
                 yield reason("bias_precision", detail=bias.dtype, dtype=spec.dtype)
         unfused = _cpu(spec) if spec.device == "cpu" else _cuda(spec) if spec.device == "cuda" else ()
         for detail in unfused:
             yield reason("no_fused_form", detail=detail)
+
+    def compute_dtype(self, spec: AttentionSpec) -> str:
+        # on the CPU float32 is as fast as the half types, so a wide bias can be added in full
+        wide = spec.device == "cpu" and all(b.exact or b.dtype == "float32" for b in spec.bias)
+        return "float32" if wide and spec.dtype in _HALF and not all(b.exact for b in spec.bias) else spec.dtype
 
     def emit(self, b: Builder, call: Call) -> Node:
         q, k, v = (_rows_contiguous(b, node) for node in (call.q, call.k, call.v))

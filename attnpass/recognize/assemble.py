@@ -26,7 +26,7 @@ from attnpass.recognize.purity import Effects
 from attnpass.recognize.softmax import Anchor
 from attnpass.recognize.walk import Found, Walker
 from attnpass.recognize.weights import Outwards
-from attnpass.site import Add, Atom, Factor, Fill, Layer, Layout, Placed, Roles, Site
+from attnpass.site import Add, Atom, Dim, Factor, Fill, Layer, Layout, Placed, Roles, Site
 from attnpass.spec import AttentionSpec, Size
 
 
@@ -50,11 +50,15 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     q_layout, k_layout = axes.resolve(found.q_layout), axes.resolve(found.k_layout)
     score_layout = axes.resolve(found.at.layout)
     queries = _queries(score_layout, atoms(k_layout), keys)
-    if set(axes.resolve_dim(product.contracted)) != keys:
-        raise Refuse("softmax_not_over_keys", product.node)
+    summed = set(axes.resolve_dim(product.contracted))
+    if summed != keys:
+        mixes = not summed & (keys | set(queries))
+        raise Refuse("mixes_heads" if mixes else "softmax_not_over_keys", product.node, op=describe(product.node))
     v_layout = axes.resolve(v_layout)
     if atoms(v_layout) & frozenset(queries):
-        raise Refuse("values_depend_on_query", product.node)
+        # what was taken for k is a score tensor itself, multiplied with weights over heads
+        mixed = bool(atoms(k_layout) - keys - width - atoms(v_layout)) and w.has_product(found.k)
+        raise Refuse("mixes_heads" if mixed else "values_depend_on_query", product.node, op=describe(found.at.node))
     state = _one_state(found, anchor, product.node, out.crossed, place)
 
     reach = Reach(axes=axes, effects=effects, stop=effects.position[product.node], state=state, default=place.default)
@@ -70,7 +74,7 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     vs = [c for c in vs if c.scale == 1.0]
     qs, ks, vs = (_of_dtype(c, dtype) for c in (qs, ks, vs))
 
-    outer = [dim for dim in axes.resolve(scores) if not set(dim) & keys and not set(dim) <= set(queries)]
+    outer = _outer(axes.resolve(scores), keys, queries, w, axes)
     batch_atoms = [a for dim in outer for a in dim if a not in queries]
     without = (fewest_axes(ks, axes), fewest_axes(vs, axes))
     first = set(outer[0]) if len(outer) > 1 else set()
@@ -99,7 +103,9 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     scale = dataclasses.replace(
         scale, tensors=tuple((Placed(p.node, axes.resolve(p.layout)), power) for p, power in scale.tensors)
     )
-    others = _escaping([*found.at.seen, *anchor.parts], anchor, out, place)
+    kept = {x.placed.node for x in (q, k, v)} | {_placed(layer).node for layer in layers}
+    kept |= {x.node for x, _ in scale.tensors}
+    others = _escaping([*found.at.seen, *anchor.parts], kept, anchor, out, place)
     masks = describe_layers(layers, effects, dtype, roles, axes, grad=grad, floored=found.at.floored)
     spec = _spec(roles, axes, dtype, scale, found, out, masks, anchor, grad=grad, weights_used=bool(others))
     spec = dataclasses.replace(spec, inference=state.inference)
@@ -135,6 +141,15 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
         output_written=effects.written(product.node),
         trail=trail,
     )
+
+
+def _outer(scores: Layout, keys: frozenset[Atom], queries: tuple[Atom, ...], w: Walker, axes: Axes) -> list[Dim]:
+    """The dimensions of the scores that are neither queries nor keys, those of size one included."""
+    whole = set(axes.resolve_dim(w.sink.whole)) if w.sink is not None else set()
+    dims = [dim for dim in scores if not set(dim) & (keys | whole | set(queries))]
+    if not queries and () in dims:  # a single query: one of the dimensions of size one is its own, the last
+        del dims[len(dims) - 1 - dims[::-1].index(())]
+    return dims
 
 
 _STREAM = ("dropout draws from another random stream than the original",)
@@ -177,7 +192,7 @@ def _dtype(qs: list[Candidate], ks: list[Candidate], vs: list[Candidate], first:
     if scores == values:
         return values
     if torch.promote_types(scores, values) == scores:
-        narrow = all(any(c.dtype == values for c in found) for found in (qs, ks))
+        narrow = scores == torch.float32 and all(any(c.dtype == values for c in found) for found in (qs, ks))
         return values if narrow else scores
     if torch.promote_types(scores, values) == values:
         return values
@@ -262,23 +277,23 @@ def _resolved(layer: Layer, axes: Axes) -> Layer:
     return dataclasses.replace(layer, tensor=placed, factor=factor)
 
 
-def _escaping(seen: list[Node], anchor: Anchor, out: Outwards, place: Place) -> tuple[Node, ...]:
-    """Live readers of scores or probabilities that do not lead back into the region alone."""
+def _escaping(seen: list[Node], kept: set[Node], anchor: Anchor, out: Outwards, place: Place) -> tuple[Node, ...]:
+    """Live readers of scores or probabilities that outlive the region, or feed what the fused call reads."""
     region = {*seen, *anchor.parts, anchor.node, *out.crossed}
     inner = region - {out.products[0][0].node}
     found: dict[Node, None] = {}
     for node in inner:
         for user in node.users:
-            if user in place.live and user not in region and _leaves(user, region, place.live):
+            if user in place.live and user not in region and _leaves(user, region, kept, place.live):
                 found[user] = None
     return tuple(sorted(found, key=place.effects.position.__getitem__))
 
 
-def _leaves(node: Node, region: set[Node], live: set[Node]) -> bool:
+def _leaves(node: Node, region: set[Node], kept: set[Node], live: set[Node]) -> bool:
     stack, seen = [node], {node}
     while stack:
         here = stack.pop()
-        if here.op == "output" or len(seen) > 32:
+        if here.op == "output" or here in kept or len(seen) > 32:
             return True
         for user in here.users:
             if user in region or user in seen or user not in live:

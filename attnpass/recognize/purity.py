@@ -45,6 +45,8 @@ def _writes_and_alias(target: Any) -> tuple[frozenset[int], frozenset[str], bool
         return frozenset(), frozenset(), False
     if not isinstance(target, torch._ops.OpOverload):
         return None
+    if target is torch.ops.aten.detach_.default:
+        return frozenset(), frozenset(), True  # writes no element: it only cuts the history off
     schema = target._schema
     where_: set[int] = set()
     names: set[str] = set()

@@ -24,7 +24,7 @@ from attnpass.recognize import views
 from attnpass.recognize.axes import atoms
 from attnpass.recognize.ops import bound, number_in, op_name, pair
 from attnpass.recognize.walk import Found, Inner, Sink, Walker, register_rule
-from attnpass.site import Add, Factor, Fill, Layer, Placed
+from attnpass.site import Add, Factor, Fill, Layer, Layout, Placed
 
 
 def _floating(at: Inner) -> torch.dtype:
@@ -84,7 +84,7 @@ def mul(w: Walker, at: Inner) -> Inner | Found:
         # softmax of a product of two score tensors is no attention
         raise Refuse("nonlinear_scores", at.node, op="a product of two score tensors")
     if not arms:
-        raise Refuse("no_product_before", at.node, op="mul")
+        raise w.stopped(at)
     scores, other = arms[0]
     return _scaled(w, at, scores, other, 1)
 
@@ -96,7 +96,7 @@ def div(w: Walker, at: Inner) -> Inner:
     if bound(at.node).get("rounding_mode") is not None:
         raise Refuse("nonlinear_scores", at.node, op="a rounding division")
     if not w.has_product(a):
-        raise Refuse("no_product_before", at.node, op="div")
+        raise w.stopped(at)
     return _scaled(w, at, a, b, -1)
 
 
@@ -127,7 +127,7 @@ def add(w: Walker, at: Inner) -> Inner | Found:
     candidates = [(a, fa, b, fb), (b, fb, a, fa)]
     candidates = [c for c in candidates if w.has_product(c[0])]
     if not candidates:
-        raise Refuse("no_product_before", at.node, op=name)
+        raise w.stopped(at)
     arms: list[Inner] = []
     for scores, size, other, other_size in candidates:
         blended = _multiplied_mask(w, at, scores, size, other, other_size)
@@ -230,7 +230,7 @@ def _is_indicator(w: Walker, node: Node) -> bool:
         node = node.args[0]
 
 
-def _filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float) -> Layer:
+def _filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: Layout | None = None) -> Layer:
     """The scores of this step are `fill` wherever `mask` is `off`."""
     if at.softcap is not None:
         # tanh of a fill is +-cap: it masks nothing
@@ -244,7 +244,8 @@ def _filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float) -> Layer
     if math.isnan(total) or total == math.inf:
         raise Refuse("fill_not_constant", at.node)
     lowest = fill == torch.finfo(_floating(at)).min and at.factor.number >= 1
-    return Fill(w.place(at, source), off, total, lowest)
+    placed = w.place(at, source) if layout is None else Placed(source, layout)
+    return Fill(placed, off, total, lowest)
 
 
 @register_rule("masked_fill")
@@ -254,9 +255,28 @@ def masked_fill(w: Walker, at: Inner) -> Inner:
     if fill is None:
         raise Refuse("fill_not_constant", at.node)
     if not w.has_product(args["self"]):
-        raise Refuse("no_product_before", at.node, op="masked_fill")
+        raise w.stopped(at)
     layer = _filled(w, at, args["mask"], off=True, fill=fill)
     source = w.read(at.node, args["self"])
+    return at.step(source, w.place(at, source).layout, layers=(*at.layers, layer))
+
+
+@register_rule("index_put", "_unsafe_index_put")
+def boolean_index(w: Walker, at: Inner) -> Inner:
+    # scores[mask] = fill with one boolean index is masked_fill; the index lies on the leading dimensions
+    args = bound(at.node)
+    indices, fill = args["indices"], w.number(args["values"])
+    mask = indices[0] if len(indices) == 1 else None
+    val = tensor(mask) if isinstance(mask, Node) else None
+    if val is None or val.dtype is not torch.bool or args.get("accumulate"):
+        raise Refuse("unknown_arguments", at.node, op="index_put", detail="not one boolean index")
+    if fill is None:
+        raise Refuse("fill_not_constant", at.node)
+    source = w.read(at.node, args["self"])
+    shape = views.shape_of(source)
+    if not all(same(a, b) for a, b in zip(val.shape, shape[: val.dim()], strict=True)):
+        raise Refuse("unknown_arguments", at.node, op="index_put", detail="an index of another shape")
+    layer = _filled(w, at, mask, off=True, fill=fill, layout=w.axes.resolve(at.layout[: val.dim()]))
     return at.step(source, w.place(at, source).layout, layers=(*at.layers, layer))
 
 
@@ -270,7 +290,7 @@ def where(w: Walker, at: Inner) -> Inner:
     if in_yes and in_no:
         raise Refuse("two_score_tensors", at.node)
     if not in_yes and not in_no:
-        raise Refuse("no_product_before", at.node, op="where")
+        raise w.stopped(at)
     scores, other = (yes, no) if in_yes else (no, yes)
     fill = w.number(other)
     if fill is None:
@@ -289,7 +309,7 @@ def floored(w: Walker, at: Inner) -> Inner:
     a, b = pair(at.node)
     scores, floor = (a, b) if w.has_product(a) else (b, a)
     if not w.has_product(scores):
-        raise Refuse("no_product_before", at.node, op=op_name(at.node))
+        raise w.stopped(at)
     if w.number(floor) != torch.finfo(_floating(at)).min:
         raise Refuse("nonlinear_scores", at.node, op=op_name(at.node))
     source = w.read(at.node, scores)

@@ -201,13 +201,14 @@ class Walker:
                 return self._finish(at)
             step = RULES.get(op_name(at.node))
             if step is None:
-                raise self._stopped(at)
+                raise self.stopped(at)
             after = step(self, at)
             if isinstance(after, Found):
                 return after
             at = after
 
-    def _stopped(self, at: Inner) -> Refuse:
+    def stopped(self, at: Inner) -> Refuse:
+        """Why the walk cannot go on from here."""
         name = op_name(at.node)
         if name == "python:getitem" and isinstance(at.node.args[0], Node):
             source = at.node.args[0]
@@ -215,10 +216,26 @@ class Walker:
             return Refuse("graph_input" if opaque else "no_product_before", at.node, op=describe(source))
         if at.node.op in ("placeholder", "get_attr"):
             return Refuse("graph_input", at.node, op=describe(at.node))
-        deeper = any(self.has_product(arg) for arg in at.node.all_input_nodes)
+        blocking = self._blocking(at.node)
+        deeper = blocking is not None
+        if name in RULES:  # a known operation, but none of its operands leads to a product by known ones
+            if blocking is None:
+                return Refuse("no_product_before", at.node, op=describe(at.node))
+            return Refuse("unknown_op", blocking, op=describe(blocking))
         if name in ("linear", "addmm", "conv2d", "conv1d", "convolution"):
             return Refuse("mixes_heads" if deeper else "projected_scores", at.node, op=describe(at.node))
         return Refuse("unknown_op" if deeper else "no_product_before", at.node, op=describe(at.node))
+
+    def _blocking(self, start: Node) -> Node | None:
+        """The nearest operation without a rule behind which a product lies at once; for reasons only."""
+        level, seen = [start], {start}
+        for _ in range(6):
+            for node in level:
+                if op_name(node) not in RULES and any(self.has_product(arg) for arg in node.all_input_nodes):
+                    return node
+            level = [a for n in level for a in n.all_input_nodes if a not in seen and tensor(a) is not None]
+            seen.update(level)
+        return None
 
     def _finish(self, at: Inner) -> Found:
         product = products.read(at.node, at.layout, self.axes)

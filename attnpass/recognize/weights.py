@@ -15,7 +15,7 @@ from torch.fx import Node
 from attnpass.errors import Refuse
 from attnpass.graph import same, tensor
 from attnpass.recognize import products, views
-from attnpass.recognize.axes import Axes, atoms
+from attnpass.recognize.axes import Axes
 from attnpass.recognize.ops import bound, describe, op_name
 from attnpass.recognize.products import Product
 from attnpass.recognize.purity import Effects
@@ -23,7 +23,23 @@ from attnpass.recognize.walk import Sink
 from attnpass.site import Layout
 
 # What changes probabilities but still leads to the values: named apart, because it *is* attention, of another kind.
-_CHANGES = {"mul", "div", "add", "sub", "masked_fill", "where", "nan_to_num", "clamp", "relu", "pow", "lerp"}
+_CHANGES = {
+    "add",
+    "clamp",
+    "constant_pad_nd",
+    "div",
+    "feature_dropout",
+    "lerp",
+    "masked_fill",
+    "mul",
+    "nan_to_num",
+    "pad",
+    "pow",
+    "relu",
+    "roll",
+    "sub",
+    "where",
+}
 
 
 @dataclass
@@ -121,9 +137,15 @@ def _leads_to_product(node: Node, live: set[Node]) -> bool:
 
 
 def _is_mul_of_sum(user: Node, live: set[Node]) -> bool:
-    """The mul of mul + sum."""
+    """The mul of mul + sum: what sums it is its only reader, so the two together are one product."""
     readers = [u for u in user.users if u in live]
-    return op_name(user) == "mul" and len(readers) == 1 and products.is_product(readers[0])
+    return (
+        op_name(user) == "mul"
+        and len(readers) == 1
+        and op_name(readers[0]) == "sum"
+        and readers[0].args[0] is user
+        and products.is_product(readers[0])
+    )
 
 
 def _cut_sink(user: Node, layout: Layout, axes: Axes, sink: Sink) -> Layout:
@@ -152,8 +174,8 @@ def _product(
         result = next(u for u in user.users if u in live)
     fresh = axes.of_shape(views.shape_of(result))
     product = products.read(result, fresh, axes)
-    if product.a is product.b:
-        raise Refuse("not_a_query_key_product", user, detail="the probabilities are multiplied with themselves")
+    if product.inner is not user or (product.a is node) == (product.b is node):
+        raise Refuse("not_a_query_key_product", user, detail="the probabilities are not one operand")
     if product.extra is not None or product.alpha != 1:
         raise Refuse("probabilities_changed", user, op="a product with alpha or beta")
     mine, other, other_layout = (
@@ -169,12 +191,3 @@ def _product(
     out.crossed.append(user)
     if result is not user:
         out.crossed.append(result)
-
-
-def check(product: Product, values_layout: Layout, axes: Axes, keys: frozenset[int], queries: frozenset[int]) -> None:
-    """The sum over the values runs over exactly the keys, and the values are the same for every query."""
-    contracted = set(axes.resolve_dim(product.contracted))
-    if contracted != keys:
-        raise Refuse("softmax_not_over_keys", product.node)
-    if atoms(values_layout) & queries:
-        raise Refuse("values_depend_on_query", product.node)
