@@ -111,10 +111,20 @@ class Report:
 
         return to_json(self, indent=indent)
 
+    def to_html(self, *, title: str = "attnpass") -> str:
+        from attnpass.report.html import to_html
+
+        return to_html(self, title)
+
     def __str__(self) -> str:
         from attnpass.report.text import to_text
 
         return to_text(self)
+
+    def __rich__(self) -> Any:
+        from attnpass.report.text import to_rich
+
+        return to_rich(self)
 
 
 def merge(reports: Iterable[Report]) -> Report:

@@ -201,11 +201,6 @@ CATALOGUE: dict[str, Entry] = {
         "masked scores are filled with {fill}, which ordinary scores may outweigh",
         "Fill with -inf or torch.finfo(dtype).min to have this mask treated as a mask.",
     ),
-    "mixed_fills": Entry(
-        _D,
-        "masks of several kinds are combined, so a query without keys has no simple answer",
-        "Use one fill value for all masks.",
-    ),
     "strict": Entry(_D, "strict mode does not allow: {detail}", "Allow it by strict=False."),
     "already_fused": Entry(
         _D,

@@ -27,7 +27,7 @@ from attnpass.recognize.softmax import Anchor
 from attnpass.recognize.walk import Found, Walker
 from attnpass.recognize.weights import Outwards
 from attnpass.site import Add, Atom, Dim, Factor, Fill, Layer, Layout, Placed, Roles, Site
-from attnpass.spec import AttentionSpec, Size
+from attnpass.spec import AttentionSpec, EmptyRow, Size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +106,8 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     kept = {x.placed.node for x in (q, k, v)} | {_placed(layer).node for layer in layers}
     kept |= {x.node for x, _ in scale.tensors}
     others = _escaping([*found.at.seen, *anchor.parts], kept, anchor, out, place)
-    masks = describe_layers(layers, effects, dtype, roles, axes, grad=grad, floored=found.at.floored)
+    low = EmptyRow.MEAN if found.at.centred else anchor.low
+    masks = describe_layers(layers, effects, dtype, roles, axes, grad=grad, floored=found.at.floored, low=low)
     spec = _spec(roles, axes, dtype, scale, found, out, masks, anchor, grad=grad, weights_used=bool(others))
     spec = dataclasses.replace(spec, inference=state.inference)
     for extra in (*map(_placed, layers), *(p for p, _ in scale.tensors)):

@@ -50,6 +50,7 @@ def describe_layers(
     *,
     grad: bool,
     floored: bool,
+    low: EmptyRow | None = EmptyRow.MEAN,
 ) -> Meaning:
     """Facts about all masks and biases of one site."""
     fills = [layer for layer in layers if isinstance(layer, Fill)]
@@ -68,6 +69,11 @@ def describe_layers(
     lowest = _lowest(adds, effects)
     in_order = bool(fills) and (len({f.value for f in fills}) > 1 or (bool(adds) and not lowest > BLURS))
     empty = _empty(fills, lowest, floored=floored)
+    if empty is EmptyRow.MEAN and low is not EmptyRow.MEAN:
+        if low is None or in_order or adds:
+            obstacles.append(reason("empty_rows", detail="this spelling of softmax has no simple one there"))
+        else:
+            empty = low
     blurred = (bool(adds) and empty is not EmptyRow.IMPOSSIBLE) or len({f.additive for f in fills}) > 1
     if grad and blurred:
         assumptions.append("no gradient is asked of a query that a bias masks entirely")

@@ -135,7 +135,10 @@ def add(w: Walker, at: Inner) -> Inner | Found:
             arms.append(blended)
             continue
         source = w.read(at.node, scores)
-        outer = at if at.sink is None and _is_row_statistic(w, at, source, other) else w.add_term(at, other, other_size)
+        centred = at.sink is None and _is_row_statistic(w, at, source, other)
+        outer = at if centred else w.add_term(at, other, other_size)
+        if centred and not at.layers:
+            outer = dataclasses.replace(outer, centred=True)
         step = outer.step(source, w.place(at, source).layout, factor=at.factor.times(w.factor_of(at, size, 1)))
         arms.append(step)
     return arms[0] if len(arms) == 1 else w.fork(at, arms)
@@ -240,7 +243,7 @@ def _filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: 
     source = w.read(at.node, mask)
     if number_in(fill, _floating(at)) != fill:
         fill = number_in(fill, _floating(at))
-    total = fill * at.factor.number
+    total = number_in(fill * at.factor.number, _floating(at))
     if math.isnan(total) or total == math.inf:
         raise Refuse("fill_not_constant", at.node)
     lowest = fill == torch.finfo(_floating(at)).min and at.factor.number >= 1

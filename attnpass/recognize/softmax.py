@@ -45,6 +45,7 @@ class Anchor:
     dims: tuple[int, ...]  # dimensions of `source`
     base: float = 1.0  # softmax(base * source): ln 2 for powers of two
     empty: EmptyRow = EmptyRow.NAN  # what a row of -inf gives
+    low: EmptyRow | None = EmptyRow.MEAN  # what a row of one very low number gives; None: none of the known answers
     fused: bool = False  # an existing fused call
     parts: tuple[Node, ...] = ()  # further nodes that belong to the spelling
 
@@ -107,7 +108,8 @@ def _from_exp(node: Node, effects: Effects) -> Anchor | None:
         if op_name(stat) == "logsumexp" and stat.args[0] is x and not effects.written(x):
             dims = _reduced(stat, x)
             if dims is not None and _broadcast_back(lse, stat, x, dims):
-                return Anchor(node=node, source=x, reader=source, dims=dims, parts=(source, stat, *crossed))
+                # log-sum-exp of a row of the lowest number is that number again: all weights come out as one
+                return Anchor(node=node, source=x, reader=source, dims=dims, low=None, parts=(source, stat, *crossed))
     return None
 
 
@@ -131,7 +133,10 @@ def _quotient(node: Node, a: object, b: object, effects: Effects) -> Anchor | No
     if dims is None or not _broadcast_back(b, stat, a, dims):
         return None
     base = 1.0 if op_name(a) == "exp" else math.log(2.0)
-    return Anchor(node=node, source=source, reader=a, dims=dims, base=base, parts=(a, summed, stat, *crossed))
+    # unless the row maximum was taken away before, every exponential of such a row is zero
+    return Anchor(
+        node=node, source=source, reader=a, dims=dims, base=base, low=EmptyRow.NAN, parts=(a, summed, stat, *crossed)
+    )
 
 
 def _through_views(node: Node) -> tuple[Node, tuple[Node, ...]]:

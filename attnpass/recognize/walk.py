@@ -43,6 +43,7 @@ class Inner:
     layers: tuple[Layer, ...] = ()
     softcap: float | None = None
     sink: Placed | None = None
+    centred: bool = False  # the row maximum is taken away before anything else happens to the scores
     floored: bool = False  # scores are clamped from below at the lowest finite number
     seen: tuple[Node, ...] = ()  # the nodes crossed, outermost first
     forks: int = 0
