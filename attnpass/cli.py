@@ -68,7 +68,7 @@ def _audit(options: argparse.Namespace) -> int:
         with _quietly(), _progress(options, f"making {options.target}"):
             made = cli_files.make(options.target)
         with _quietly(), _progress(options, "capturing and auditing"):
-            report = _audited(made, options.target)
+            report = attnpass.audit(made.model, *made.args, **made.kwargs)
     else:
         _need_file(options.target)
         with _quietly(), _progress(options, f"loading {options.target}"):
@@ -76,18 +76,6 @@ def _audit(options: argparse.Namespace) -> int:
         with _quietly(), _progress(options, "auditing"):
             report = attnpass.audit(program)
     return _show(report, options)
-
-
-def _audited(made: cli_files.Made, target: str) -> Report:
-    try:
-        return attnpass.audit(made.model, *made.args, **made.kwargs)
-    except AttnpassError:
-        raise
-    except Exception as error:
-        raise AttnpassError(
-            f"the model of {target} fails on its example arguments: {cli_files.first_line(error)}"
-            f"{cli_files.place(error)}; see first that model(*args, **kwargs) runs"
-        ) from error
 
 
 def _rewrite(options: argparse.Namespace) -> int:

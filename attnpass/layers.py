@@ -29,6 +29,7 @@ aten = torch.ops.aten
 FLOOR = -1e30
 BLURRED = -1e4  # beside a bias this low float32 keeps less of a log-sum-exp than a fused backward needs
 SWALLOWED = -1e8  # ... and this low nothing of an ordinary score
+HALF_SWALLOWED = -6e4  # the same where the original adds in float16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,13 +108,14 @@ def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype) -> De
     # two finite fills in one place may add up to -inf, in the original as here
     nan = not site.floored and (site.in_order or site.spec.empty_rows is EmptyRow.NAN)
     finite = [f.value for f in site.layers if isinstance(f, Fill) and math.isfinite(f.value)]
-    shift = site.spec.grad or any(v > FLOOR for v in finite)
+    half = torch.float16 in (val.dtype, dtype)  # its lowest number does not swallow what a kernel adds in float32
+    shift = site.spec.grad or half or any(v > FLOOR for v in finite)
     if not nan and not shift:
         return Dense(mask=_narrow(b, bias, dtype))
     top = b.call(aten.amax.default, bias, [-1], True)
     silent: Node | None = None
     if shift:
-        silent = b.call(aten.le.Scalar, top, SWALLOWED)
+        silent = b.call(aten.le.Scalar, top, HALF_SWALLOWED if val.dtype == torch.float16 else SWALLOWED)
         shifted = b.call(aten.sub.Tensor, bias, b.call(aten.detach.default, top))
         bias = b.call(aten.where.self, b.call(aten.le.Scalar, top, BLURRED), shifted, bias)
     alive = b.call(aten.ne.Scalar, top, -math.inf) if nan else None

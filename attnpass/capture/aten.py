@@ -36,7 +36,10 @@ _ADVICE = (
 
 def copy_graph(graph: Graph) -> Graph:
     """A copy with the same names; metadata dictionaries are copied, the values in them shared."""
-    return copy.deepcopy(graph)
+    new = copy.deepcopy(graph)
+    for old, made in zip(graph.nodes, new.nodes, strict=True):
+        made.name = old.name  # a copy renames an `input`, which Python has too; signatures go by the name
+    return new
 
 
 def clone(gm: GraphModule, graph: Graph) -> GraphModule:
@@ -150,7 +153,7 @@ def bodies(gm: GraphModule, state: State) -> Iterator[Body]:
         elif isinstance(node.target, HigherOrderOperator):
             for operand in node.all_input_nodes:
                 if operand.op == "get_attr":
-                    calls.setdefault(str(operand.target), []).append((node, _state_inside(node, here)))
+                    calls.setdefault(str(operand.target), []).append((node, state_inside(node, here)))
     for path, made in calls.items():
         module = _attribute(gm, path)
         if isinstance(module, GraphModule):
@@ -165,7 +168,8 @@ def _attribute(gm: GraphModule, path: str) -> Any:
     return held
 
 
-def _state_inside(node: Node, state: State) -> State:
+def state_inside(node: Node, state: State) -> State:
+    """The state of the bodies that a higher-order operation runs."""
     assert isinstance(node.target, HigherOrderOperator)
     name = node.target.__name__
     if name == "wrap_with_set_grad_enabled":
@@ -192,6 +196,7 @@ def _autocast(node: Node) -> tuple[str, torch.dtype, bool]:
 def states(graph: Graph, state: State) -> Iterator[tuple[Node, State]]:
     """Each node with the state it runs under, where grad mode, autocast and vmap are switched by calls in the graph."""
     entered: dict[Node, tuple[str, torch.dtype, bool]] = {}
+    recording: dict[Node, bool] = {}  # grad mode before inference mode was entered
     for node in graph.nodes:
         yield node, state
         if node.op != "call_function":
@@ -206,9 +211,14 @@ def states(graph: Graph, state: State) -> Iterator[tuple[Node, State]]:
             stack = list(state.autocast)
             stack.remove(entered[node.args[0]])
             state = replace(state, autocast=tuple(stack))
-        elif name.endswith("_increment_nesting"):
+        elif name == "_enter_inference_mode":
+            recording[node] = state.grad
+            state = replace(state, grad=state.grad and not node.args[0])
+        elif name == "_exit_inference_mode":
+            state = replace(state, grad=recording[node.args[0]])
+        elif name.endswith("_increment_nesting") or name == "_enter_dual_level":
             state = replace(state, functorch=state.functorch + 1)
-        elif name.endswith("_decrement_nesting"):
+        elif name.endswith("_decrement_nesting") or name == "_exit_dual_level":
             state = replace(state, functorch=state.functorch - 1)
 
 

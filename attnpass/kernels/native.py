@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from attnpass.graph import Builder, tensor
+from attnpass.graph import Builder, is_one, tensor
 from attnpass.kernels.base import Capabilities, Kernel
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call
@@ -63,17 +63,29 @@ class Native(Kernel):
             # than the scores
             k, v = (b.call(aten.repeat_interleave.self_int, node, call.groups, 1) for node in (k, v))
             shared = False
+        mask = _keys_contiguous(b, call)
         extra = {"scale": call.scale}
         if shared:
             extra["enable_gqa"] = True
         width = call.spec.v_width
         if call.spec.device == "cpu":
             q, k, v = _one_width(b, q, k, v)
-        out = b.call(aten.scaled_dot_product_attention.default, q, k, v, call.mask, float(call.dropout), False, **extra)
+        out = b.call(aten.scaled_dot_product_attention.default, q, k, v, mask, float(call.dropout), False, **extra)
         val = tensor(out)
         assert val is not None
         padded = isinstance(width, int) and val.shape[-1] != width  # a symbolic width is never padded
         return b.call(aten.slice.Tensor, out, -1, 0, width) if padded else out
+
+
+def _keys_contiguous(b: Builder, call: Call) -> Node | None:
+    """On CUDA a mask has to be laid out along the keys, also where it is the same for all of them."""
+    val = tensor(call.mask) if call.mask is not None else None
+    keys = tensor(call.k)
+    if call.mask is None or val is None or keys is None or call.spec.device == "cpu" or not is_one(val.shape[-1]):
+        return call.mask
+    size: int | Node = call.spec.keys if isinstance(call.spec.keys, int) else b.call(aten.sym_size.int, call.k, 2)
+    wide = b.call(aten.expand.default, call.mask, [-1, -1, -1, size])
+    return b.call(aten.contiguous.default, wide)
 
 
 def _one_width(b: Builder, q: Node, k: Node, v: Node) -> tuple[Node, Node, Node]:

@@ -64,8 +64,6 @@ def describe_layers(
             assumptions.append(f"scores stay far above the mask's fill of {fill.value:g} wherever a query has a key")
         else:
             obstacles.append(reason("weak_fill", fill=f"{fill.value:g}"))
-    if dtype == torch.float16 and any(levels(layer.tensor.node, effects) is None for layer in adds):
-        assumptions.append("no query is masked entirely by a float16 bias")
     lowest = _lowest(adds, effects)
     in_order = bool(fills) and (len({f.value for f in fills}) > 1 or (bool(adds) and not lowest > BLURS))
     empty = _empty(fills, lowest, floored=floored)
@@ -118,10 +116,15 @@ def as_fills(layers: tuple[Layer, ...], effects: Effects, dtype: torch.dtype, *,
     the number of keys, so that the backward takes every probability for 1. A tensor that holds only 0 and a fill says
     which keys it keeps, so the mask can be taken from that; beside other fills that also makes them of one kind.
     """
-    mixed = len({isinstance(layer, Fill) for layer in layers}) > 1
-    if dtype != torch.float16 and not grad and not mixed:
+    if not layers or (len(layers) == 1 and dtype != torch.float16 and not grad):
         return layers
-    return tuple(_as_fill(layer, effects) if isinstance(layer, Add) else layer for layer in layers)
+    # Masked twice by addition is masked lower than once, which a fill cannot tell; so there may be one such mask only,
+    # innermost, and what is filled over it must be the same number.
+    *outer, last = layers
+    inner = _as_fill(last, effects) if isinstance(last, Add) else last
+    if isinstance(inner, Add) or any(isinstance(layer, Add) or layer.value != inner.value for layer in outer):
+        return layers
+    return (*outer, inner)
 
 
 def _as_fill(layer: Add, effects: Effects) -> Layer:

@@ -15,6 +15,24 @@ from torch.fx import Node
 
 from attnpass.graph import tensor, value
 
+# Other names of the same operations; they reach ATen graphs under the name that was called.
+_ALIASES = {
+    "clip": "clamp",
+    "concat": "cat",
+    "concatenate": "cat",
+    "divide": "div",
+    "linalg_matmul": "matmul",
+    "moveaxis": "movedim",
+    "multiply": "mul",
+    "negative": "neg",
+    "special_exp2": "exp2",
+    "special_log_softmax": "log_softmax",
+    "special_logsumexp": "logsumexp",
+    "special_softmax": "softmax",
+    "subtract": "sub",
+    "true_divide": "div",
+}
+
 
 @cache
 def _name(target: Any) -> str:
@@ -27,6 +45,7 @@ def _name(target: Any) -> str:
     first = arguments[0].alias_info if arguments else None
     if name.endswith("_") and not name.endswith("__") and first is not None and first.is_write:
         name = name[:-1]
+    name = _ALIASES.get(name, name)
     return name if namespace == "aten" else f"{namespace}::{name}"
 
 

@@ -37,30 +37,33 @@ _SAME_VIEW = {"alias", "detach", "lift_fresh"}
 
 
 @cache
-def _writes_and_alias(target: Any) -> tuple[frozenset[int], frozenset[str], bool] | None:
-    """(positions written, keyword names written, result may share memory with an argument); None: unknown."""
+def _writes_and_alias(target: Any) -> tuple[frozenset[int], frozenset[str], frozenset[int]] | None:
+    """(positions written, keyword names written, positions the result may share memory with); None: unknown."""
     if target in _PURE_PYTHON or getattr(target, "__module__", "") == "_operator":
-        return frozenset(), frozenset(), target is operator.getitem
+        return frozenset(), frozenset(), frozenset({0} if target is operator.getitem else ())
     if getattr(target, "__name__", "").startswith("sym_") and getattr(target, "__module__", "") == "torch":
-        return frozenset(), frozenset(), False
+        return frozenset(), frozenset(), frozenset()
     if not isinstance(target, torch._ops.OpOverload):
         return None
     if target is torch.ops.aten.detach_.default:
-        return frozenset(), frozenset(), True  # writes no element: it only cuts the history off
+        return frozenset(), frozenset(), frozenset({0})  # writes no element: it only cuts the history off
     schema = target._schema
     where_: set[int] = set()
     names: set[str] = set()
-    shares = any(r.alias_info is not None for r in schema.returns)
+    returns = any(r.alias_info is not None for r in schema.returns)
+    shares: set[int] = set()
     for index, argument in enumerate(schema.arguments):
+        if returns and argument.alias_info is not None:
+            shares.add(index)
         if argument.alias_info is not None and argument.alias_info.is_write:
             names.add(argument.name)
             if not argument.kwarg_only:
                 where_.add(index)
     if schema.name.split("::")[-1] in _MAY_RETURN_INPUT:
-        shares = True
+        shares = set(range(len(schema.arguments)))
     if not schema.name.startswith("aten::") and not names and not shares and _is_opaque(target):
         return None
-    return frozenset(where_), frozenset(names), shares
+    return frozenset(where_), frozenset(names), frozenset(shares)
 
 
 def _is_opaque(target: torch._ops.OpOverload) -> bool:
@@ -107,10 +110,10 @@ class Effects:
         targets += [arg for name in names if name in node.kwargs for arg in _nodes(node.kwargs[name])]
         if targets:
             raw.append((node, targets))
-        if shares or targets:
-            for arg in targets or node.all_input_nodes:
-                if _holds_tensor(arg):
-                    self._join(node, arg)
+        shared = [arg for i in shares if i < len(node.args) for arg in _nodes(node.args[i])]
+        for arg in (*targets, *shared):
+            if _holds_tensor(arg):
+                self._join(node, arg)
 
     def _join(self, a: Node, b: Node) -> None:
         ra, rb = self.group(a), self.group(b)

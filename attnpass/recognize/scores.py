@@ -247,7 +247,7 @@ def _filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: 
     if math.isnan(total) or total == math.inf:
         raise Refuse("fill_not_constant", at.node)
     lowest = fill == torch.finfo(_floating(at)).min and at.factor.number >= 1
-    placed = w.place(at, source) if layout is None else Placed(source, layout)
+    placed = w.term(at, source) if layout is None else Placed(source, layout)
     return Fill(placed, off, total, lowest)
 
 

@@ -31,7 +31,7 @@ _FUSED = {
     "_scaled_dot_product_attention_math",
     "_scaled_dot_product_fused_attention_overrideable",
 }
-_DIRECT = {"softmax", "_softmax", "special_softmax", "_safe_softmax"}
+_DIRECT = {"softmax", "_softmax", "_safe_softmax"}
 _KEEPS = {"view", "unsqueeze", "expand", "expand_as", "reshape"}
 
 
@@ -74,7 +74,7 @@ def _anchor(node: Node, effects: Effects) -> Anchor | None:
         return Anchor(node=node, source=source, reader=node, dims=(args["dim"] % rank,), empty=empty)
     if name == "exp":
         return _from_exp(node, effects)
-    if name in ("div", "true_divide"):
+    if name == "div":
         if bound(node).get("rounding_mode") is None:
             a, b = pair(node)
             return _quotient(node, a, b, effects)
@@ -94,7 +94,7 @@ def _from_exp(node: Node, effects: Effects) -> Anchor | None:
     if not isinstance(source, Node) or effects.written(source):
         return None
     name = op_name(source)
-    if name in ("log_softmax", "_log_softmax", "special_log_softmax"):
+    if name in ("log_softmax", "_log_softmax"):
         args = bound(source)
         inner = args["self"]
         dim = args["dim"] % len(shape_of(inner))

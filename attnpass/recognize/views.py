@@ -41,16 +41,15 @@ _PERMUTE = {
     "swapaxes",
     "swapdims",
     "movedim",
-    "moveaxis",
 }
-_EXPAND = {"expand", "expand_as", "broadcast_to"}
+EXPANDS = {"expand", "expand_as", "broadcast_to"}
 _IDENTITY = {"contiguous", "clone", "alias", "lift_fresh"}
 _CASTS = {"to", "_to_copy", "type_as"}
 
 VIEWS = (
     _REGROUP
     | _PERMUTE
-    | _EXPAND
+    | EXPANDS
     | _IDENTITY
     | {"unsqueeze", "squeeze", "repeat_interleave", "repeat", "slice", "narrow"}
 )
@@ -121,7 +120,7 @@ def backward(node: Node, layout: Layout, axes: Axes) -> Layout:
         for at in sorted(_singles(node, len(shape))):
             dims.insert(at, ())
         return tuple(dims)
-    if name in _EXPAND:
+    if name in EXPANDS:
         offset = len(layout) - len(shape)
         # an expanded dimension of size one: the input does not depend on that axis
         return tuple(() if is_one(shape[i]) else layout[offset + i] for i in range(len(shape)))
@@ -175,7 +174,7 @@ def forward(node: Node, layout: Layout, axes: Axes) -> Layout:
     if name == "squeeze":
         gone = set(_singles(node, len(layout)))
         return tuple(dim for i, dim in enumerate(layout) if i not in gone)
-    if name in _EXPAND:
+    if name in EXPANDS:
         source = node.args[0]
         assert isinstance(source, Node)
         before = shape_of(source)

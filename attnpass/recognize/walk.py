@@ -22,7 +22,7 @@ from torch.fx import Node
 
 from attnpass.errors import Refuse
 from attnpass.graph import tensor
-from attnpass.recognize import products
+from attnpass.recognize import products, views
 from attnpass.recognize.axes import Axes, atoms
 from attnpass.recognize.ops import describe, is_scalar_node, number, op_name
 from attnpass.recognize.products import Product
@@ -139,8 +139,18 @@ class Walker:
                 raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="a constant beside a sink")
             # softmax(x + c) == softmax(x) for one finite number c
             return at
-        layer = Add(self.place(at, self.read(at.node, term)), at.factor.times(size))
+        layer = Add(self.term(at, self.read(at.node, term)), at.factor.times(size))
         return dataclasses.replace(at, layers=(*at.layers, layer))
+
+    def term(self, at: Inner, source: Node) -> Placed:
+        """A mask or bias broadcast against the step's node, read before it was expanded: smaller, and no longer tied
+        to the tensor whose shape it was expanded to.
+        """
+        placed = self.place(at, source)
+        while op_name(placed.node) in views.EXPANDS and isinstance(placed.node.args[0], Node):
+            before = self.effects.value_at(placed.node.args[0], placed.node)
+            placed = Placed(before, views.backward(placed.node, placed.layout, self.axes))
+        return placed
 
     # -- deciding which operand is the score -----------------------------------------------------------------------
     def has_product(self, arg: Any) -> bool:

@@ -1,0 +1,69 @@
+# make demo   from nothing to a running demo          make check   everything that a change must pass
+# make test   the tests                               make help    all targets
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PY := $(VENV)/bin/python
+TORCH ?= $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+# Two workers, one thread each: as fast as the tests get on two cores. For one test: make test PYTEST="-k name"
+PYTEST ?= -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format format-check lint types examples recall compile-time docs wheel clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+# A stamp says what an environment holds, so that nothing is installed twice; it ages with the files that decide.
+$(VENV)/.stamp-demo: pyproject.toml constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	# torch first and alone: the index decides which build of it this machine gets
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-demo
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/.stamp-demo ## make an environment and run `attnpass demo`
+	$(VENV)/bin/attnpass demo
+
+test: $(VENV)/.stamp-dev ## run the tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST)
+
+check: format-check lint types test examples ## format, lint, types, tests, examples
+
+format: $(VENV)/.stamp-dev ## format the code in place
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+format-check: $(VENV)/.stamp-dev
+	$(PY) -m ruff format --check .
+
+lint: $(VENV)/.stamp-dev ## look for mistakes
+	$(PY) -m ruff check .
+
+types: $(VENV)/.stamp-dev ## check the types
+	$(PY) -m mypy
+
+examples: $(VENV)/.stamp-dev ## run every example
+	@set -e; for example in examples/*.py; do echo "--- $$example"; $(PY) $$example; done
+
+recall: $(VENV)/.stamp-dev ## measure which attention is found in transformers, timm and diffusers
+	@set -e; for suite in transformers timm diffusers; do $(PY) -m benchmarks.recall --suite $$suite; done
+
+compile-time: $(VENV)/.stamp-dev ## measure what the pass adds to compile time
+	$(PY) -m benchmarks.compile_time
+
+docs: $(VENV)/.stamp-dev ## generate docs/reasons.md
+	$(PY) -m attnpass.reasons > docs/reasons.md.new
+	mv docs/reasons.md.new docs/reasons.md
+
+wheel: $(VENV)/.stamp-demo ## build dist/*.whl
+	$(PY) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls -1 dist/*.whl
+
+clean: ## remove what was built (the environment stays)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,130 @@
+"""The torch.compile front.
+
+    torch.compile(model, backend="attnpass")                                      then inductor
+    torch.compile(model, backend="attnpass", mode="max-autotune")                 inductor, with that mode
+    torch.compile(model, backend="attnpass", options={"inner": "aot_eager"})      another backend behind the pass
+    torch.compile(model, backend="attnpass", options={"inductor": {"max_autotune": True}, "strict": True})
+
+The pass works on the graph that Dynamo hands over and then calls the inner backend with it, changed or not: nothing
+that goes wrong in the pass stops a compilation (it is in the report), and whatever the inner backend raises is raised.
+Only wrong options are errors of ours, because they are the user's to mend.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from attnpass.capture import frames
+from attnpass.capture.observe import audit_callable
+from attnpass.errors import AttnpassError
+from attnpass.policy import Policy
+
+__all__ = ["audit_callable", "backend"]
+
+Inner = Callable[[GraphModule, Any], Any]
+
+
+def backend(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Any:
+    """A backend of torch.compile: replaces attention, then compiles with the inner backend."""
+    from attnpass import session
+    from attnpass.report.trace import trace
+
+    setup = Setup.of(mode, options)
+    number = session.reserve()
+    report = frames.process(gm, example_inputs, name=f"graph{number}", policy=setup.policy, rewrite=True)
+    session.record(number, report)
+    with contextlib.suppress(Exception):  # a trace that cannot be written is no reason not to compile
+        trace(report)
+    return setup.inner(gm, example_inputs)
+
+
+def _reset() -> None:
+    """torch._dynamo.reset() asks backends to let go of what they hold: here, inductor's recorded CUDA graphs."""
+    import sys
+
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()
+
+
+backend.reset = _reset  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What `mode` and `options` ask for."""
+
+    policy: Policy
+    inner: Inner
+
+    @classmethod
+    def of(cls, mode: str | None, options: Mapping[str, Any] | None) -> Setup:
+        given = dict(options or {})
+        known = {"inner", "inductor", *(f.name for f in dataclasses.fields(Policy))}
+        for name in given:
+            if name not in known:
+                raise AttnpassError(f"unknown option {name!r}{_hint(str(name), known)}")
+        inner, patches = given.pop("inner", "inductor"), given.pop("inductor", None)
+        return cls(Policy.from_options(given), _inner(inner, patches, mode))
+
+
+def _inner(inner: Any, patches: Any, mode: str | None) -> Inner:
+    if inner == "inductor":
+        return _inductor(patches, mode)
+    if patches is not None:
+        raise AttnpassError(f"option 'inductor' has settings for inductor, but 'inner' is {inner!r}")
+    if mode is not None:
+        raise AttnpassError(f"mode={mode!r} is a mode of inductor, but option 'inner' is {inner!r}")
+    if callable(inner):
+        if inner is backend:
+            raise AttnpassError("option 'inner' is the backend behind attnpass, not attnpass itself")
+        return inner  # type: ignore[no-any-return]
+    if not isinstance(inner, str):
+        raise AttnpassError(f"option 'inner' is the name of a backend or a callable, not {inner!r}")
+    if inner == "attnpass":
+        raise AttnpassError("option 'inner' is the backend behind attnpass, not attnpass itself")
+    from torch._dynamo.backends.registry import list_backends, lookup_backend
+
+    known = list_backends(exclude_tags=())
+    if inner not in known:
+        raise AttnpassError(f"option 'inner': there is no backend {inner!r}{_hint(inner, known)}")
+    return lookup_backend(inner)
+
+
+def _inductor(patches: Any, mode: str | None) -> Inner:
+    """Inductor as torch.compile would call it, its own checks of modes and settings included."""
+    if patches is not None and not isinstance(patches, Mapping):
+        raise AttnpassError(f"option 'inductor' is a dictionary of inductor's settings, not {patches!r}")
+    try:
+        return torch._TorchCompileInductorWrapper(mode, dict(patches or {}), None)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        from torch._inductor import config, list_mode_options
+
+        if mode is not None and mode != "default" and mode not in list_mode_options():
+            raise AttnpassError(f"there is no mode {mode!r}{_hint(mode, list_mode_options())}") from error
+        settings = config.get_config_copy()
+        for name in patches or ():
+            if str(name).replace("-", "_") not in settings:
+                raise AttnpassError(f"inductor has no setting {name!r}{_hint(str(name), settings)}") from error
+        raise AttnpassError(f"option 'inductor': {error}") from error
+
+
+def _hint(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, [str(k) for k in known], n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known are {', '.join(sorted(known))}" if len(known) <= 20 else ""
