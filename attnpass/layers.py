@@ -109,7 +109,8 @@ def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype) -> De
     nan = not site.floored and (site.in_order or site.spec.empty_rows is EmptyRow.NAN)
     finite = [f.value for f in site.layers if isinstance(f, Fill) and math.isfinite(f.value)]
     half = torch.float16 in (val.dtype, dtype)  # its lowest number does not swallow what a kernel adds in float32
-    shift = site.spec.grad or half or any(v > FLOOR for v in finite)
+    # raising the bias to a kernel's floor would make -inf and the lowest number of such a row alike
+    shift = site.spec.grad or half or _floored_for(val, dtype) or any(v > FLOOR for v in finite)
     if not nan and not shift:
         return Dense(mask=_narrow(b, bias, dtype))
     top = b.call(aten.amax.default, bias, [-1], True)
@@ -187,13 +188,18 @@ def _narrow(b: Builder, bias: Node, dtype: torch.dtype) -> Node:
 
     On CUDA torch's fused kernels change the base of the exponential, which takes the lowest float to -inf and a row
     of it to 0; the floor gives the mean, as the original does. A -inf may be raised to the floor too: beside a score
-    both weigh nothing, and rows without any score were answered before.
+    both weigh nothing, and rows without any score were shifted or answered before.
     """
     val = tensor(bias)
     assert val is not None
-    if val.device.type != "cpu" or torch.finfo(val.dtype).min < torch.finfo(dtype).min:
+    if _floored_for(val, dtype):
         bias = b.call(aten.clamp.default, bias, max(FLOOR, torch.finfo(dtype).min))
     return bias if val.dtype == dtype else b.call(aten.to.dtype, bias, dtype)
+
+
+def _floored_for(bias: torch.Tensor, dtype: torch.dtype) -> bool:
+    """The kernel needs the bias raised to its floor."""
+    return bias.device.type != "cpu" or torch.finfo(bias.dtype).min < torch.finfo(dtype).min
 
 
 def answered(b: Builder, out: Node, call: Call, dense: Dense, sizes: Sizes, site: Site) -> Node:

@@ -17,7 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 
 from attnpass.errors import Refuse
-from attnpass.graph import Builder, same, tensor, value
+from attnpass.graph import Builder, is_one, same, tensor, value
 
 aten = torch.ops.aten
 _LOOKS_AT_STRIDES = {aten.as_strided.default, aten.as_strided_.default, aten.view.dtype, aten.view_as_complex.default}
@@ -44,7 +44,10 @@ def _same_strides(was: Any, now: Any) -> bool:
         return len(was) == len(now) and all(map(_same_strides, was, now))
     if not isinstance(was, torch.Tensor) or not isinstance(now, torch.Tensor):
         return type(was) is type(now)
-    return was.dim() == now.dim() and all(same(a, c) for a, c in zip(was.stride(), now.stride(), strict=True))
+    # the stride of a dimension of size one is never used
+    return was.dim() == now.dim() and all(
+        same(a, c) or is_one(n) for n, a, c in zip(was.shape, was.stride(), now.stride(), strict=True)
+    )
 
 
 def _strides_vanish(b: Builder, old: Node, now: torch.Tensor) -> bool:

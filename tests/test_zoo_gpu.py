@@ -22,6 +22,10 @@ from tests.zoo.numbers import Run, complaints, run, truth
 
 pytestmark = pytest.mark.gpu
 
+# torch's memory-efficient kernel, the only fused one for float32 on CUDA, loses more digits than the plain products,
+# most of all in its backward: up to 1e-4 of the largest element was seen on an H200 with torch 2.11.
+FLOORS = {torch.float32: 4096.0}
+
 
 def on_cuda(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
@@ -51,4 +55,5 @@ def test_a_case_computes_the_same_on_cuda(case: Case) -> None:
         module, backend=backend, options={"inner": "eager"}, fullgraph=True, dynamic=subject.dynamic is not None
     )
     candidate = on_cpu(run(module, inputs, call=compiled, grad=case.grad))
-    assert not complaints(candidate, eager, truth(subject.module, subject.inputs, grad=case.grad))
+    reference = truth(subject.module, subject.inputs, grad=case.grad)
+    assert not complaints(candidate, eager, reference, floors=FLOORS)

@@ -24,7 +24,11 @@ def is_softmax(gm: GraphModule, node: Node) -> bool:
     if node.op not in _CALLS or isinstance(node.target, HigherOrderOperator):
         return False
     name = name_of(gm, node)
-    return ("softmax" in name and "log_softmax" not in name and "logsoftmax" not in name) or "attention" in name
+    return (
+        name == "softmin"
+        or ("softmax" in name and "log_softmax" not in name and "logsoftmax" not in name)
+        or "attention" in name
+    )
 
 
 def worth_lowering(gm: GraphModule) -> bool:

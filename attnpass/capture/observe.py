@@ -138,7 +138,7 @@ def _as_it_was(fn: Any, arguments: Any) -> Iterator[None]:
     modules = list(dict.fromkeys(_modules(fn)))
     modes = [(module, module.training) for module in modules]
     buffers = [b for module in modules for b in module.buffers(recurse=False)]
-    kept = [(b, b._version, b.detach().clone()) for b in buffers if not b.is_inference()]
+    kept = [(buffer, buffer.detach().clone()) for buffer in buffers]
     tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
     tensors += [p for module in modules for p in module.parameters(recurse=False)]
     grad = torch.is_grad_enabled()
@@ -150,8 +150,8 @@ def _as_it_was(fn: Any, arguments: Any) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
             with torch.no_grad():
-                for buffer, version, value in kept:
-                    if buffer._version != version:
+                for buffer, value in kept:
+                    if not torch.equal(buffer, value):
                         buffer.copy_(value)
 
 

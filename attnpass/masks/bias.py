@@ -61,8 +61,12 @@ class Bias:
 
     @property
     def droppable(self) -> bool:
-        """Softmax gives the same without it."""
-        return self.kind in ("none", "row")
+        """Softmax gives the same without it. (Infinite data would not, so data is never dropped.)"""
+        finite = all(
+            isinstance(leaf, Int) or (isinstance(leaf, Const) and math.isfinite(leaf.value))
+            for _, leaf in leaves(self.value)
+        )
+        return self.kind == "none" or (self.kind == "row" and finite)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -201,7 +201,9 @@ class Lifter:
             raise Unliftable(why)  # it has axes that its coordinates do not show
         val = tensor_of(node)
         self.opaque.setdefault(node.name, why)
-        load = Load(node.name, index, kind_of(val.dtype), str(val.dtype).removeprefix("torch."))
+        real = val.dtype.is_floating_point or val.dtype.is_complex
+        kind: Kind = "bool" if val.dtype == torch.bool else "real" if real else "int"
+        load = Load(node.name, index, kind, str(val.dtype).removeprefix("torch."))
         return of(load) if load.kind == "int" else load
 
     def _hides_axes(self, node: Node) -> bool:

@@ -26,7 +26,7 @@ def _index(call: Call, index: Index) -> Value:
     given: list[Any] = [*call.args["indices"]]
     given += [None] * (len(shape) - len(given))
     places = [d for d, x in enumerate(given) if x is not None]
-    if not places or any(tensor_of(given[d]).dtype == torch.bool for d in places):
+    if not places or any(tensor_of(given[d]).dtype in (torch.bool, torch.uint8) for d in places):
         raise Unliftable("positions that depend on data")
     # the broadcast index tensors stand where they were if they are neighbours, in front otherwise
     together = places == list(range(places[0], places[-1] + 1))

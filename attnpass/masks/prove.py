@@ -55,6 +55,10 @@ class Masks:
         self.sizes = self.lifter.sizes
         self._check = check
         self._memo: dict[Any, MaskProof] = {}
+        self._timed: set[Node] = set()  # nodes whose value hangs on something that is written in place
+        for node in graph.nodes:
+            if self.lifter.writes.to(node) or any(arg in self._timed for arg in node.all_input_nodes):
+                self._timed.add(node)
 
     def frame(self, batch: Any, heads: Any, queries: Any, keys: Any) -> Frame:
         """The axes of scores of this shape."""
@@ -85,7 +89,7 @@ class Masks:
         key = (tuple((t.node, t.index, t.off, t.fill, t.factor) for t in terms), frame.lengths, reader)
         if key not in self._memo:
             # sites read one mask at different times; only where something is written does the time matter
-            written = any(self.lifter.writes.to(node) for t in terms for node in _ancestors(t.node))
+            written = any(t.node in self._timed for t in terms)
             plain = (*key[:2], None)
             if written:
                 self._memo[key] = self._analyse(tuple(terms), frame, reader)
@@ -166,14 +170,3 @@ class Masks:
 def truth(value: Value) -> Bool:
     """Where a mask of any dtype is not zero."""
     return value if is_bool(value) else any_leaf(as_tree(value), nonzero)  # type: ignore[return-value]
-
-
-def _ancestors(node: Node) -> set[Node]:
-    seen: set[Node] = set()
-    work = [node]
-    while work:
-        n = work.pop()
-        if n not in seen:
-            seen.add(n)
-            work.extend(n.all_input_nodes)
-    return seen

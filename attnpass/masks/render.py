@@ -293,6 +293,7 @@ class _SizeNodes:
         return self._made[sym.name]
 
     def _find(self, graph: Graph, expr: Any) -> Node:
+        node: Node
         for node in graph.nodes:
             if node is self.b.before:
                 break

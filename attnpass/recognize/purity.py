@@ -28,7 +28,7 @@ from attnpass.graph import positions, value
 from attnpass.recognize.ops import op_name
 
 # Composite operations that may return their input itself although their schema does not say so.
-_MAY_RETURN_INPUT = {"dropout", "feature_dropout", "alpha_dropout", "type_as", "rrelu", "pad", "nan_to_num", "einsum"}
+_MAY_RETURN_INPUT = {"dropout", "feature_dropout", "alpha_dropout", "type_as", "rrelu", "pad", "nan_to_num"}
 _PURE_PYTHON = {operator.getitem} | {
     getattr(operator, name)
     for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "neg", "pow", "eq", "ne", "lt", "le", "gt", "ge")
@@ -111,6 +111,8 @@ class Effects:
         if targets:
             raw.append((node, targets))
         shared = [arg for i in shares if i < len(node.args) for arg in _nodes(node.args[i])]
+        if op_name(node) == "einsum" and len(node.all_input_nodes) == 1:
+            shared = list(node.all_input_nodes)  # of one operand it may be a mere view
         for arg in (*targets, *shared):
             if _holds_tensor(arg):
                 self._join(node, arg)

@@ -159,14 +159,10 @@ def _is_row_statistic(w: Walker, at: Inner, scores: Node, term: Any) -> bool:
         return False
     args = bound(node)
     source, dim = args.get("self"), args.get("dim")
-    if dim is None or not isinstance(source, Node) or w.effects.written(source):
+    if dim is None or not isinstance(source, Node):
         return False
-    plain = scores
-    while op_name(plain) == "detach" and isinstance(plain.args[0], Node):
-        plain = plain.args[0]
-    while op_name(source) == "detach" and isinstance(source.args[0], Node):
-        source = source.args[0]
-    if plain is not source:
+    # both must see the same value: in place or not, it is the same node that holds it
+    if _undetached(w, scores) is not _undetached(w, w.read(node, source)):
         return False
     layout = w.place(at, scores).layout
     dims = [dim] if isinstance(dim, int) else list(dim)
@@ -177,6 +173,12 @@ def _is_row_statistic(w: Walker, at: Inner, scores: Node, term: Any) -> bool:
         return False
     # it must come back broadcast over the softmax axis, not along another one
     return not atoms(w.place(at, term).layout) & reduced
+
+
+def _undetached(w: Walker, node: Node) -> Node:
+    while op_name(node) == "detach":
+        node = w.read(node, node.args[0])
+    return node
 
 
 def _multiplied_mask(w: Walker, at: Inner, scores: Any, size: Any, other: Any, other_size: Any) -> Inner | None:

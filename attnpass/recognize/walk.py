@@ -234,7 +234,8 @@ class Walker:
                 return Refuse("no_product_before", at.node, op=describe(at.node))
             return Refuse("unknown_op", blocking, op=describe(blocking))
         if name in ("linear", "addmm", "conv2d", "conv1d", "convolution"):
-            return Refuse("mixes_heads" if deeper else "projected_scores", at.node, op=describe(at.node))
+            mixes = any(self._is_rearranged_product(arg) for arg in at.node.all_input_nodes)
+            return Refuse("mixes_heads" if mixes else "projected_scores", at.node, op=describe(at.node))
         return Refuse("unknown_op" if deeper else "no_product_before", at.node, op=describe(at.node))
 
     def _blocking(self, start: Node) -> Node | None:
@@ -247,6 +248,14 @@ class Walker:
             level = [a for n in level for a in n.all_input_nodes if a not in seen and tensor(a) is not None]
             seen.update(level)
         return None
+
+    @staticmethod
+    def _is_rearranged_product(node: Node) -> bool:
+        """A product behind nothing but views and scalings: what a layer mixes is scores, not activations."""
+        crossed = views.VIEWS | views.CASTS | {"mul", "div"}
+        while op_name(node) in crossed and isinstance(node.args[0], Node):
+            node = node.args[0]
+        return products.is_product(node)
 
     def _finish(self, at: Inner) -> Found:
         product = products.read(at.node, at.layout, self.axes)

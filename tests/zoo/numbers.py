@@ -7,7 +7,7 @@ the function that the author meant and not a rounding of it.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,7 +88,9 @@ def truth(module: nn.Module, inputs: Sequence[Any], *, grad: bool) -> Run:
         return run(copy.deepcopy(module).double(), inputs, grad=grad, double=True)
 
 
-def complaints(candidate: Run, eager: Run, reference: Run) -> list[str]:
+def complaints(
+    candidate: Run, eager: Run, reference: Run, *, floors: Mapping[torch.dtype, float] | None = None
+) -> list[str]:
     """Where the candidate is further from the reference than eager code may be; empty when all is well."""
     found: list[str] = []
     if candidate.tensors.keys() != eager.tensors.keys():
@@ -111,7 +113,7 @@ def complaints(candidate: Run, eager: Run, reference: Run) -> list[str]:
         here, own = _error(mine, true, nan), _error(plain, true, nan)
         largest = true.double()[~nan].abs().max().item() if bool((~nan).any()) else 0.0
         size = max(largest, 1.0)  # inputs are of order one: what cancels to nothing is measured by them
-        allowed = 2 * own + FLOOR * torch.finfo(plain.dtype).eps * size
+        allowed = 2 * own + (floors or {}).get(plain.dtype, FLOOR) * torch.finfo(plain.dtype).eps * size
         if not here <= allowed:
             found.append(f"{name}: error {here:.3g}, eager {own:.3g}, allowed {allowed:.3g}")
     return found
