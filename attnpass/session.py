@@ -5,16 +5,32 @@ from __future__ import annotations
 import itertools
 import threading
 
+from torch._guards import CompileContext
+
 from attnpass.ledger import Report, merge
 
 _lock = threading.Lock()
 _numbers = itertools.count()
 _reports: dict[int, Report] = {}
+_attempts: dict[int, tuple[object, int]] = {}  # which attempt at which compilation a graph belongs to
 
 
 def reserve() -> int:
-    """The number of the next graph; graphs may be compiled by several threads, and finish in any order."""
-    return next(_numbers)
+    """The number of the next graph; graphs may be compiled by several threads, and finish in any order.
+
+    Dynamo may throw a compilation away and start it anew (when it learns that a number has to be a tensor, say): what
+    an earlier attempt left is then forgotten, because it never ran.
+    """
+    number = next(_numbers)
+    context = CompileContext.try_get()
+    if context is not None and context.compile_id is not None:
+        with _lock:
+            for older, (compilation, attempt) in list(_attempts.items()):
+                if compilation == context.compile_id and attempt < context.attempt:
+                    _reports.pop(older, None)
+                    del _attempts[older]
+            _attempts[number] = (context.compile_id, context.attempt)
+    return number
 
 
 def record(number: int, report: Report) -> None:
@@ -34,4 +50,5 @@ def reset() -> None:
     global _numbers
     with _lock:
         _reports.clear()
+        _attempts.clear()
         _numbers = itertools.count()

@@ -52,7 +52,7 @@ class Exported:
     report: dict[str, Any]
 
 
-@functools.lru_cache(maxsize=4)  # the tests of one case come one after the other
+@functools.cache  # pytest runs each test for all cases, then the next test
 def exported(case: Case) -> Exported:
     subject = build(case)
     before = torch.export.export(copy.deepcopy(subject.module), subject.inputs, dynamic_shapes=subject.dynamic)
@@ -60,7 +60,7 @@ def exported(case: Case) -> Exported:
     return Exported(subject, before, after, report.to_dict())
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def measured(case: Case) -> tuple[Run, Run]:
     """Eager code, and what it is measured against."""
     subject = build(case)

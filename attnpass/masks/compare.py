@@ -10,7 +10,7 @@ from torch import Tensor
 from attnpass.masks.bias import ASSUMED, split
 from attnpass.masks.check import MAX_ELEMENTS, NotRun, Replay, differing
 from attnpass.masks.evaluate import Evaluator, dense_indices
-from attnpass.masks.expr import Value, loads, variables
+from attnpass.masks.expr import Bool, Value, loads, variables
 from attnpass.masks.frame import NAMES, Frame
 from attnpass.masks.lift import Lifter, as_tree
 from attnpass.masks.sizes import Sizes
@@ -48,7 +48,7 @@ class Comparison:
         self.frame = frame
         self.when = when
 
-    def check(self, structure: Structure, terms: Sequence[Term], lifted: Sequence[Value]) -> str:
+    def check(self, structure: Structure, terms: Sequence[Term], lifted: Sequence[Value], keep: Bool) -> str:
         """agreed ..., disagreed ..., or not run: ..."""
         sources = {load.source for value in lifted for load in loads(value)}
         todo = [t for t, value in zip(terms, lifted, strict=True) if t.node.name not in sources]
@@ -58,7 +58,7 @@ class Comparison:
         nodes = self.lifter.nodes
         try:
             replay.run({t.node for t in terms} | {nodes[name] for name in sources}, self.when)
-            return self._compared(replay, structure, terms, lifted, sources)
+            return self._compared(replay, structure, terms, lifted, keep)
         except NotRun as why:
             return f"not run: {why}"
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as why:
@@ -71,13 +71,14 @@ class Comparison:
         structure: Structure,
         terms: Sequence[Term],
         lifted: Sequence[Value],
-        sources: Collection[str],
+        keep: Bool,
     ) -> str:
+        sources = {load.source for value in lifted for load in loads(value)}
         tensors = {name: replay.values[self.lifter.nodes[name]] for name in sources}
         proved = whole(structure, self.frame)
-        names = variables(proved) | {v for t in terms for p in t.index for v in variables(p)}
+        names = variables(proved) | variables(keep) | {v for t in terms for p in t.index for v in variables(p)}
         evaluate = evaluator(names, self.frame, self.lifter.sizes, tensors)
-        seen = torch.tensor(True)
+        seen = evaluate(keep)
         elements = 0
         for term, value in zip(terms, lifted, strict=True):
             actual = replay.values[term.node][tuple(evaluate(p) for p in term.index)]

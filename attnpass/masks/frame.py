@@ -50,7 +50,7 @@ class Frame:
 
 def frame(sizes: Sizes, batch: Any, heads: Any, queries: Any, keys: Any) -> Frame:
     """The frame of scores of this shape."""
-    lengths = tuple(sizes.length(n) for n in (batch, heads, queries, keys))
+    lengths = tuple(n if isinstance(n, Poly) else sizes.length(n) for n in (batch, heads, queries, keys))
     b, h, i, j = (index(name, n) for name, n in zip(NAMES, lengths, strict=True))
     return Frame(b=b, h=h, i=i, j=j, lengths=lengths)  # type: ignore[arg-type]
 

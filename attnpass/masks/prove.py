@@ -22,6 +22,7 @@ from torch.fx import Graph, Node
 
 from attnpass.masks import lift_choice, lift_create, lift_gather, lift_pointwise, lift_views, lift_vmap
 from attnpass.masks.bias import ASSUMED, CERTAIN, describe, split
+from attnpass.masks.calls import terms_of_call
 from attnpass.masks.compare import Comparison
 from attnpass.masks.empty import empty_rows
 from attnpass.masks.expr import TRUE, Bool, Value, loads
@@ -73,6 +74,9 @@ class Masks:
 
     def of_site(self, site: Site) -> MaskProof:
         """All layers of a site whose factor is a number; the others are not looked at."""
+        if site.existing_call:
+            axes, given, keep = terms_of_call(site.anchor, self.sizes)
+            return self.analyse(given, axes, reader=site.anchor, keep=keep)
         frame, atoms = of_site(self.sizes, site.roles, site.sizes)
         terms = []
         for layer in site.layers:
@@ -84,33 +88,38 @@ class Masks:
                 terms.append(Term(node=layer.tensor.node, index=index, factor=layer.factor.number))
         return self.analyse(terms, frame, reader=site.anchor)
 
-    def analyse(self, terms: Sequence[Term], frame: Frame, *, reader: Node | None = None) -> MaskProof:
-        """The meaning of these terms together, as `reader` sees them (by default, as they are when all is done)."""
-        key = (tuple((t.node, t.index, t.off, t.fill, t.factor) for t in terms), frame.lengths, reader)
+    def analyse(
+        self, terms: Sequence[Term], frame: Frame, *, reader: Node | None = None, keep: Bool = TRUE
+    ) -> MaskProof:
+        """The meaning of these terms together, as `reader` sees them (by default, as they are when all is done).
+
+        `keep` is what is known to be masked besides: an argument of the call itself.
+        """
+        key = (tuple((t.node, t.index, t.off, t.fill, t.factor) for t in terms), frame.lengths, keep, reader)
         if key not in self._memo:
             # sites read one mask at different times; only where something is written does the time matter
             written = any(t.node in self._timed for t in terms)
-            plain = (*key[:2], None)
+            plain = (*key[:3], None)
             if written:
-                self._memo[key] = self._analyse(tuple(terms), frame, reader)
+                self._memo[key] = self._analyse(tuple(terms), frame, reader, keep)
             else:
                 if plain not in self._memo:
-                    self._memo[plain] = self._analyse(tuple(terms), frame, None)
+                    self._memo[plain] = self._analyse(tuple(terms), frame, None, keep)
                 self._memo[key] = self._memo[plain]
         return self._memo[key]
 
-    def _analyse(self, terms: tuple[Term, ...], frame: Frame, reader: Node | None) -> MaskProof:
+    def _analyse(self, terms: tuple[Term, ...], frame: Frame, reader: Node | None, keep: Bool) -> MaskProof:
         position = self.lifter.writes.position
         when = len(position) if reader is None else position[reader]
         self.lifter.assumed[:] = [set()]
         lifted = [self._lift(term, when) for term in terms]
-        proof = self._prove(terms, lifted, frame)
+        proof = self._prove(terms, lifted, frame, keep)
         if not self._check:
             return proof
-        check = Comparison(self.lifter, frame, when).check(proof.structure, terms, lifted)
+        check = Comparison(self.lifter, frame, when).check(proof.structure, terms, lifted, keep)
         if check.startswith("disagreed"):
             opaque = [self.lifter.load(t.node, t.index, "withdrawn") for t in terms]
-            proof = self._prove(terms, opaque, frame)
+            proof = self._prove(terms, opaque, frame, keep)
         return proof.checked(check)
 
     def _lift(self, term: Term, when: int) -> Value:
@@ -120,8 +129,7 @@ class Masks:
         except Unliftable as why:
             return self.lifter.load(term.node, term.index, str(why))
 
-    def _prove(self, terms: tuple[Term, ...], lifted: Sequence[Value], frame: Frame) -> MaskProof:
-        keep: Bool = TRUE
+    def _prove(self, terms: tuple[Term, ...], lifted: Sequence[Value], frame: Frame, keep: Bool) -> MaskProof:
         fills: set[float] = set()
         added: list[AddedTerm] = []
         steps: list[str] = []

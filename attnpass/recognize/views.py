@@ -43,6 +43,7 @@ _PERMUTE = {
     "movedim",
 }
 EXPANDS = {"expand", "expand_as", "broadcast_to"}
+LIKE_ANOTHER = EXPANDS | {"view_as", "reshape_as"}
 _IDENTITY = {"contiguous", "clone", "alias", "lift_fresh"}
 _CASTS = {"to", "_to_copy", "type_as"}
 

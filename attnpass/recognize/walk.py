@@ -144,10 +144,10 @@ class Walker:
 
     def term(self, at: Inner, source: Node) -> Placed:
         """A mask or bias broadcast against the step's node, read before it was expanded: smaller, and no longer tied
-        to the tensor whose shape it was expanded to.
+        to the tensor whose shape it was given.
         """
         placed = self.place(at, source)
-        while op_name(placed.node) in views.EXPANDS and isinstance(placed.node.args[0], Node):
+        while op_name(placed.node) in views.LIKE_ANOTHER and isinstance(placed.node.args[0], Node):
             before = self.effects.value_at(placed.node.args[0], placed.node)
             placed = Placed(before, views.backward(placed.node, placed.layout, self.axes))
         return placed

@@ -359,7 +359,7 @@ def two_masks(dtype: torch.dtype = torch.float32, grad: bool = True) -> tuple[T,
 
 @plain(
     "trap 7",
-    Site(scale=0.3, dense=True, empty_rows="nan"),
+    Site(scale=0.3, dense=True, bias=((2, 1, 5, 7),), empty_rows="nan"),
     inputs=lambda: (*two_masks()[:4], keep(2, 1, 5, 7, empty=True, seed=11)),
     grad=False,
 )
@@ -381,7 +381,7 @@ def the_lowest_number_added_by_two_masks_in_float32(q: T, k: T, v: T, one: T, tw
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-@plain("trap 3", Site(scale=0.3, dense=True, empty_rows="mean", assumed=True), inputs=two_masks)
+@plain("trap 3", Site(scale=0.3, bias=((2, 1, 5, 7), (2, 1, 5, 7)), empty_rows="mean"), inputs=two_masks)
 def two_added_masks_of_unlike_fills(q: T, k: T, v: T, one: T, two: T) -> T:
     # a row without keys is the mean over those that the weaker of the two masks
     scores = q @ k.mT * 0.3 + torch.where(one, 0.0, -1e9)

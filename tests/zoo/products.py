@@ -55,7 +55,7 @@ def baddbmm_with_beta_zero_ignores_nan(q: T, k: T, v: T, junk: T) -> T:
 @plain(
     "views",
     Site(scale=0.3, q=(1, 1, 5, 8), k=(1, 1, 7, 8), v=(1, 1, 7, 8)),
-    inputs=lambda: tuple(x[0] for x in three()),
+    inputs=lambda: tuple(x[0].detach().requires_grad_() for x in three()),
 )
 def no_batch_and_no_heads(q: T, k: T, v: T) -> T:
     return torch.mm((q.mm(k.t()) * 0.3).softmax(1), v)
