@@ -137,11 +137,12 @@ def _in_order(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch
             bias = _plus(b, bias, _term(b, layer, sizes, target))
             continue
         keep = _keep(b, layer, sizes, target)
+        # in the dtype of the scores, whose rounding decides what a later term can still tell apart
         if bias is None:
-            zero = b.call(aten.scalar_tensor.default, 0.0, dtype=torch.float32, device=_device(keep))
-            bias = b.call(aten.where.ScalarOther, keep, zero, layer.value)
-        else:
-            bias = b.call(aten.where.ScalarOther, keep, bias, layer.value)
+            bias = b.call(aten.scalar_tensor.default, 0.0, dtype=layer.dtype, device=_device(keep))
+        elif tensor(bias).dtype != layer.dtype:  # type: ignore[union-attr]
+            bias = b.call(aten.to.dtype, bias, layer.dtype)
+        bias = b.call(aten.where.ScalarOther, keep, bias, layer.value)
     assert bias is not None
     return _with_low_rows(b, site, bias, dtype)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from attnpass.graph import State
@@ -65,6 +66,7 @@ class Fill:
     mask: Placed
     off: bool  # the truth value of the mask at which the fill applies
     value: float
+    dtype: torch.dtype  # of the scores that it fills
     lowest: bool = False  # the fill is the lowest finite number of the scores' dtype: no score can be below it
     additive: bool = False  # was written as an addition, through which gradients still reach the scores
 

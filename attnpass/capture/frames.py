@@ -10,8 +10,10 @@ what runs under vmap; a softmax in them is a miss that says so.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -67,12 +69,24 @@ def process(gm: GraphModule, example_inputs: Sequence[Any], *, name: str, policy
     try:
         # fake tensors made in inference mode could not stand for ordinary ones
         state = ambient()
-        with torch.inference_mode(False), torch.set_grad_enabled(state.grad):
+        with torch.inference_mode(False), torch.set_grad_enabled(state.grad), _without_collecting():
             frame.visit(gm, name, state, example_inputs)
         frame.commit()
     except Exception as error:
         frame.take_back(name, "commit", error)
     return frame.report()
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Graphs of many nodes are made here, and none is garbage before the end."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 @dataclass
@@ -201,10 +215,21 @@ def _bodies(gm: GraphModule, state: State) -> dict[str, _Body]:
                 if inside not in body.states:
                     body.states.append(inside)
                 body.grad |= any(_needs_grad(arg) for arg in node.all_input_nodes)
-                if name not in _ENTERED or here.functorch:
-                    body.entered = False
-                    body.why = f"inside {name}" if name not in _ENTERED else "inside vmap"
+                why = _why_not_entered(name, inside, body)
+                if why is not None:
+                    body.entered, body.why = False, why
     return found
+
+
+def _why_not_entered(name: str, state: State, body: _Body) -> str | None:
+    if name not in _ENTERED:
+        return f"inside {name}"
+    if state.functorch:
+        return "inside vmap, grad or another functorch transform"
+    if name == "invoke_subgraph" and state.grad and body.grad:
+        # seen with inductor on torch 2.13, the model itself calling scaled_dot_product_attention
+        return "inside a nested compile region, where inductor gets the gradients of a fused call wrong"
+    return None
 
 
 def _module(gm: GraphModule, node: Node) -> GraphModule | None:

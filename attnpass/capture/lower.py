@@ -267,6 +267,11 @@ class _Lowering:
         for arg, value in self._inputs(node):
             for leaf in operands(value, self.shadow.of[arg]):
                 env[next(inputs)] = leaf
+        aliases: dict[Node, list[Node]] = defaultdict(list)
+        for alias, source in template.same.items():
+            aliases[source].append(alias)
+        for source in template.inputs:
+            env.update((alias, env[source]) for alias in aliases[source])
         graph = self.shadow.graph
         for old in template.nodes:
             if old in template.constants:
@@ -283,9 +288,7 @@ class _Lowering:
                 made = graph.create_node("call_function", old.target, args, kwargs)
                 value = old.meta.get("val")
             env[old] = self._own(node, made, value)
-            for alias, source in template.same.items():
-                if source is old:
-                    env[alias] = made
+            env.update((alias, made) for alias in aliases[old])
         return mapped(template.result, lambda leaf: env[leaf] if isinstance(leaf, Node) else leaf)
 
     def _is_simple(self, node: Node) -> bool:

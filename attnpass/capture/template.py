@@ -5,8 +5,9 @@
 
 A template depends only on what is called and on the shapes, strides, dtypes and devices of its operands, so calls that
 agree in these (the layers of a model) share one. Tracing is torch's own ``make_fx(pre_dispatch=True)`` over fake
-operands. Its fixed cost is several times that of one small call, so all calls without symbolic sizes are traced by one
-run, side by side: none reads another's result.
+operands. Its fixed cost is several times that of one small call, so all calls are traced by one run, side by side: none
+reads another's result. Only sizes cross over, because tracing knows a symbolic size by its expression, wherever it met
+it first; each template is given its own again.
 
 Not traced: calls without any tensor (they switch states, or are done by the caller), functions from outside torch,
 and whatever raises on fake operands. Such a call has no template.
@@ -17,8 +18,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import types
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from attnpass.capture.values import Number
+from attnpass.capture.values import Number, number_key
 from attnpass.graph import State
 
 aten = torch.ops.aten
@@ -63,13 +64,7 @@ class Call:
     operands: tuple[Any, ...]
     template: Template | None = None
     why: str = ""  # there is no template
-
-    @property
-    def symbolic(self) -> bool:
-        return any(
-            isinstance(o, Number) or (isinstance(o, torch.Tensor) and o._has_symbolic_sizes_strides)
-            for o in self.operands
-        )
+    entangled: bool = False  # its template would need a size that only another call knows
 
 
 def traceable(target: Any) -> str | None:
@@ -143,13 +138,9 @@ class Tracer:
 
     def trace(self, calls: list[Call], state: State) -> None:
         """Give each call its template, or a word on why it has none."""
-        together = [call for call in calls if not call.symbolic]
-        if together and not self._attempt(together, state):
-            # one of them upset the whole run: each by itself
-            for call in together:
-                self._attempt([call], state)
+        whole = self._attempt(calls, state)
         for call in calls:
-            if call.symbolic:
+            if call.template is None and (not whole or call.entangled):
                 self._attempt([call], state)
 
     def _attempt(self, calls: list[Call], state: State) -> bool:
@@ -202,17 +193,16 @@ class Tracer:
             try:
                 call.template = _template(gm, own, body, result)
             except ValueError as error:
-                call.why = str(error)
+                call.why, call.entangled = str(error), isinstance(error, _Entangled)
 
 
 def _template(gm: torch.fx.GraphModule, inputs: tuple[Node, ...], body: list[Node], result: Any) -> Template:
     constants: dict[Node, Constant] = {}
-    same: dict[Node, Node] = {}
+    sizes = _Sizes(inputs, {*inputs, *body})
+    same = sizes.same
     nodes: list[Node] = []
-    known = {*inputs, *body}
     for node in body:
-        if any(arg not in known for arg in node.all_input_nodes):
-            raise ValueError("a size that comes from another place")
+        sizes.settle(node.all_input_nodes)
         if node.op == "get_attr":
             constants[node] = _constant(getattr(gm, str(node.target)))
             nodes.append(node)
@@ -227,7 +217,52 @@ def _template(gm: torch.fx.GraphModule, inputs: tuple[Node, ...], body: list[Nod
             if isinstance(node.target, OpOverload) and torch.Tag.inplace_view in node.target.tags:
                 raise ValueError(f"{node.target} changes the shape of a tensor in place")
             nodes.append(node)
+    sizes.settle(leaf for leaf in torch.utils._pytree.tree_leaves(result) if isinstance(leaf, Node))
+    nodes = [*sizes.made, *nodes]
     return Template(inputs=inputs, nodes=tuple(nodes), constants=constants, same=same, result=result)
+
+
+class _Entangled(ValueError):
+    """Traced by itself it may do."""
+
+
+@dataclass
+class _Sizes:
+    """Finds for each size that a template has from elsewhere the same size among its own operands."""
+
+    inputs: tuple[Node, ...]
+    known: set[Node]
+    same: dict[Node, Node] = field(default_factory=dict)
+    made: list[Node] = field(default_factory=list)
+
+    def settle(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if node not in self.known and node not in self.same:
+                self._settle(node, node.meta.get("val"))
+
+    def _settle(self, node: Node, size: Any) -> None:
+        if not isinstance(size, Number):
+            raise _Entangled("a value that comes from another place")
+        key = number_key(size)
+        for own in self.inputs:
+            held = own.meta.get("val")
+            if isinstance(held, Number) and number_key(held) == key:
+                self.same[node] = own
+                return
+            for dim, extent in enumerate(held.shape if isinstance(held, torch.Tensor) else ()):
+                if number_key(extent) == key:
+                    self.same[node] = self._add(own.graph.call_function(aten.sym_size.int, (own, dim)), size)
+                    return
+        if node.op != "call_function":
+            raise _Entangled("a size that comes from another place")
+        self.settle(node.all_input_nodes)
+        self._add(node, size)
+
+    def _add(self, node: Node, size: Any) -> Node:
+        node.meta["val"] = size
+        self.made.append(node)
+        self.known.add(node)
+        return node
 
 
 _FRESH = {aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default}

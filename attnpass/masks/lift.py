@@ -28,7 +28,7 @@ from attnpass.masks.sizes import Sizes
 from attnpass.masks.writes import Writes, link, name_of, writes_first
 
 Index = tuple[Poly, ...]
-_MAX_DEPTH = 200
+_MAX_DEPTH = 80  # operations in a row, each a handful of Python frames
 _END = 2**63 - 1
 _KINDS: dict[torch.dtype, Kind] = {torch.bool: "bool"}
 for _dtype in (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8):
@@ -157,6 +157,11 @@ class Lifter:
         self.opaque: dict[str, str] = {}  # nodes kept as loads, and the operation that was not understood
         self._memo: dict[Any, tuple[Value, frozenset[str]]] = {}
         self._fresh = 0
+
+    def reset(self) -> None:
+        """Begin a new reading, whatever became of the last one."""
+        self.assumed = [set()]
+        self.levels = ()
 
     def shape(self, val: torch.Tensor) -> Index:
         return tuple(self.sizes.poly(size) for size in val.shape)

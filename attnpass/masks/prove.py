@@ -111,9 +111,12 @@ class Masks:
     def _analyse(self, terms: tuple[Term, ...], frame: Frame, reader: Node | None, keep: Bool) -> MaskProof:
         position = self.lifter.writes.position
         when = len(position) if reader is None else position[reader]
-        self.lifter.assumed[:] = [set()]
-        lifted = [self._lift(term, when) for term in terms]
+        self.lifter.reset()
+        failures: list[str] = []
+        lifted = [self._lift(term, when, failures) for term in terms]
         proof = self._prove(terms, lifted, frame, keep)
+        if failures:
+            return proof.checked(f"disagreed: {'; '.join(failures)}")
         if not self._check:
             return proof
         check = Comparison(self.lifter, frame, when).check(proof.structure, terms, lifted, keep)
@@ -122,12 +125,17 @@ class Masks:
             proof = self._prove(terms, opaque, frame, keep)
         return proof.checked(check)
 
-    def _lift(self, term: Term, when: int) -> Value:
+    def _lift(self, term: Term, when: int, failures: list[str]) -> Value:
         """The term as an expression. Its reader may see the tensor itself, even if that is written later."""
         try:
             return self.lifter.read(term.node, term.index, when)
         except Unliftable as why:
-            return self.lifter.load(term.node, term.index, str(why))
+            reason = str(why)
+        except Exception as why:  # a mistake in a rule costs this mask its proof, and is reported
+            reason = f"lifting {term.node.name} failed: {type(why).__name__}: {why}"
+            failures.append(reason)
+        self.lifter.reset()
+        return self.lifter.load(term.node, term.index, reason)
 
     def _prove(self, terms: tuple[Term, ...], lifted: Sequence[Value], frame: Frame, keep: Bool) -> MaskProof:
         fills: set[float] = set()

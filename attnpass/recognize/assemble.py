@@ -86,6 +86,8 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     usual = 1 if len(outer) == 1 else len([a for dim in outer[:-1] for a in dim if a in rest])
     cut = _cut(rest, group, usual, [atoms(_placed(layer).layout) for layer in layers])
     v_own = _ordered(v_layout, atoms(v_layout) - keys - set(batch_atoms))
+    _every_axis_has_a_role(anchor, axes, qs, {*batch_atoms, *queries, *width}, set(v_own))
+    _every_axis_has_a_role(anchor, axes, ks, {*batch_atoms, *keys, *width}, set(v_own))
     roles = Roles(
         batch=tuple(rest[:cut]),
         heads=(*rest[cut:], *group),
@@ -147,10 +149,21 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
 def _outer(scores: Layout, keys: frozenset[Atom], queries: tuple[Atom, ...], w: Walker, axes: Axes) -> list[Dim]:
     """The dimensions of the scores that are neither queries nor keys, those of size one included."""
     whole = set(axes.resolve_dim(w.sink.whole)) if w.sink is not None else set()
-    dims = [dim for dim in scores if not set(dim) & (keys | whole | set(queries))]
+    inner = keys | whole | set(queries)
+    # a dimension may hold heads and, for a single query, what serves as queries: only the former are outer
+    dims = [tuple(a for a in dim if a not in inner) for dim in scores if not dim or set(dim) - inner]
     if not queries and () in dims:  # a single query: one of the dimensions of size one is its own, the last
         del dims[len(dims) - 1 - dims[::-1].index(())]
     return dims
+
+
+def _every_axis_has_a_role(
+    anchor: Anchor, axes: Axes, found: list[Candidate], roles: set[Atom], v_own: set[Atom]
+) -> None:
+    """What q or k depends on is a batch, head, query, key or width axis, and none of the values' own."""
+    used = {a for c in found for a in atoms(axes.resolve(c.placed.layout))}
+    if used - roles or used & v_own:
+        raise Refuse("axes_mixed", anchor.node, op="the product", detail="an axis has no role")
 
 
 _STREAM = ("dropout draws from another random stream than the original",)

@@ -67,8 +67,9 @@ def describe_layers(
     lowest = _lowest(adds, effects)
     in_order = bool(fills) and (len({f.value for f in fills}) > 1 or (bool(adds) and not lowest > BLURS))
     empty = _empty(fills, lowest, floored=floored)
-    if empty is EmptyRow.MEAN and low is not EmptyRow.MEAN:
-        if low is None or in_order or adds:
+    deep = bool(adds) and lowest <= BLURS
+    if low is not EmptyRow.MEAN and (empty is EmptyRow.MEAN or deep):
+        if low is None or in_order or deep:
             obstacles.append(reason("empty_rows", detail="this spelling of softmax has no simple one there"))
         else:
             empty = low
@@ -136,7 +137,7 @@ def _as_fill(layer: Add, effects: Effects) -> Layer:
     lowest = val.is_floating_point() and fill == torch.finfo(val.dtype).min
     if not lowest and fill > ASSUMED:
         return layer
-    return Fill(layer.tensor, off=True, value=fill, lowest=lowest, additive=True)
+    return Fill(layer.tensor, off=True, value=fill, dtype=val.dtype, lowest=lowest, additive=True)
 
 
 def _bias(layer: Add, effects: Effects, dtype: torch.dtype, roles: Roles, axes: Axes) -> BiasSpec:

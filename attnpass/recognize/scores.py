@@ -250,7 +250,7 @@ def _filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: 
         raise Refuse("fill_not_constant", at.node)
     lowest = fill == torch.finfo(_floating(at)).min and at.factor.number >= 1
     placed = w.term(at, source) if layout is None else Placed(source, layout)
-    return Fill(placed, off, total, lowest)
+    return Fill(placed, off, total, _floating(at), lowest)
 
 
 @register_rule("masked_fill")

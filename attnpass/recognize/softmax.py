@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from attnpass.errors import Refuse
 from attnpass.graph import tensor
 from attnpass.recognize.ops import bound, op_name, pair
 from attnpass.recognize.purity import Effects
@@ -91,7 +92,7 @@ def _anchor(node: Node, effects: Effects) -> Anchor | None:
 
 def _from_exp(node: Node, effects: Effects) -> Anchor | None:
     source = node.args[0]
-    if not isinstance(source, Node) or effects.written(source):
+    if not isinstance(source, Node) or _seen(effects, source, node) is not source:
         return None
     name = op_name(source)
     if name in ("log_softmax", "_log_softmax"):
@@ -105,7 +106,8 @@ def _from_exp(node: Node, effects: Effects) -> Anchor | None:
         if not isinstance(x, Node) or not isinstance(lse, Node):
             return None
         stat, crossed = _through_views(lse)
-        if op_name(stat) == "logsumexp" and stat.args[0] is x and not effects.written(x):
+        seen = _seen(effects, x, source)
+        if op_name(stat) == "logsumexp" and seen is not None and _seen(effects, stat.args[0], stat) is seen:
             dims = _reduced(stat, x)
             if dims is not None and _broadcast_back(lse, stat, x, dims):
                 # log-sum-exp of a row of the lowest number is that number again: all weights come out as one
@@ -124,10 +126,11 @@ def _quotient(node: Node, a: object, b: object, effects: Effects) -> Anchor | No
     if not isinstance(summed, Node):
         return None
     twin = op_name(summed) == op_name(a) and summed.args[0] is a.args[0]
-    if not (summed is a or twin) or effects.written(a) or effects.written(summed):
+    if not (summed is a or twin) or _seen(effects, a, node) is not a or _seen(effects, summed, stat) is not summed:
         return None
     source = a.args[0]
-    if not isinstance(source, Node) or effects.written(source):
+    seen = _seen(effects, source, a)
+    if not isinstance(source, Node) or seen is None or _seen(effects, source, summed) is not seen:
         return None
     dims = _reduced(stat, a)
     if dims is None or not _broadcast_back(b, stat, a, dims):
@@ -137,6 +140,14 @@ def _quotient(node: Node, a: object, b: object, effects: Effects) -> Anchor | No
     return Anchor(
         node=node, source=source, reader=a, dims=dims, base=base, low=EmptyRow.NAN, parts=(a, summed, stat, *crossed)
     )
+
+
+def _seen(effects: Effects, arg: object, reader: Node) -> Node | None:
+    """The node whose value `reader` sees in `arg`; None where no node has it."""
+    try:
+        return effects.value_at(arg, reader) if isinstance(arg, Node) else None
+    except Refuse:
+        return None
 
 
 def _through_views(node: Node) -> tuple[Node, tuple[Node, ...]]:

@@ -35,37 +35,49 @@ INSTRUCTIONS: st.SearchStrategy[Instruction] = st.one_of(
 PROGRAMS = st.lists(INSTRUCTIONS, min_size=1, max_size=12)
 
 
-def starting(x: Tensor) -> list[Tensor]:
-    """The tensors that a program begins with; x is data of shape (S,)."""
-    n = x.shape[0]
-    return [
-        torch.arange(n)[:, None],
-        torch.arange(n)[None],
-        torch.ones(n, n),
-        torch.ones(n, n, dtype=torch.bool),
-        torch.eye(n),
-        x[None],
-        x[:, None],
-        torch.full((n, n), float("-inf")),
-        torch.arange(n, dtype=torch.int32)[None],
-    ]
+class Tensors:
+    """What a program has made so far, after the tensors it begins with, which are made when they are first used."""
+
+    def __init__(self, x: Tensor) -> None:
+        n = x.shape[0]
+        self._made: list[Tensor | Callable[[], Tensor]] = [
+            lambda: torch.arange(n)[:, None],
+            lambda: torch.arange(n)[None],
+            lambda: torch.ones(n, n),
+            lambda: torch.ones(n, n, dtype=torch.bool),
+            lambda: torch.eye(n),
+            lambda: x[None],  # data
+            lambda: x[:, None],
+            lambda: torch.full((n, n), float("-inf")),
+            lambda: torch.arange(n, dtype=torch.int32)[None],
+        ]
+
+    def latest(self, back: int) -> Tensor:
+        """The one that was made `back` steps ago."""
+        at = -1 - back % len(self._made)
+        tensor = self._made[at]
+        if not isinstance(tensor, Tensor):
+            tensor = self._made[at] = tensor()
+        return tensor
+
+    def add(self, tensor: Tensor) -> None:
+        self._made.append(tensor)
 
 
-def run(program: Sequence[Instruction], x: Tensor) -> list[Tensor]:
-    """All tensors that a program makes; instructions that do not apply are skipped."""
-    tensors = starting(x)
-    for instruction in program:
-        name, first, *rest = instruction
-        value = apply(name, tensors[-1 - first % len(tensors)], rest, tensors, x.shape[0])
+def run(program: Sequence[Instruction], x: Tensor) -> Tensor:
+    """What a program makes last; instructions that do not apply are skipped."""
+    tensors = Tensors(x)
+    for name, first, *rest in program:
+        value = apply(name, tensors.latest(first), rest, tensors, x.shape[0])
         if value is not None:
-            tensors.append(value)
-    return tensors
+            tensors.add(value)
+    return tensors.latest(0)
 
 
-def apply(name: str, a: Tensor, rest: list[Any], tensors: list[Tensor], n: int) -> Tensor | None:
+def apply(name: str, a: Tensor, rest: list[Any], tensors: Tensors, n: int) -> Tensor | None:
     """One instruction."""
     if name in _BINARY:
-        other: Any = rest[1] if rest[0] == "number" else tensors[-1 - rest[0] % len(tensors)]
+        other: Any = rest[1] if rest[0] == "number" else tensors.latest(rest[0])
         return _BINARY[name](a, other) if _suits(name, a, other) else None
     if name in _UNARY:
         if a.dtype == torch.bool and name in ("neg", "abs", "cumsum", "diff", "sign"):
@@ -84,7 +96,7 @@ def _suits(name: str, a: Tensor, b: Any) -> bool:
 
 
 def _divide(f: Callable[..., Tensor]) -> Callable[..., Tensor | None]:
-    def g(a: Tensor, rest: list[Any], tensors: list[Tensor], n: int) -> Tensor | None:
+    def g(a: Tensor, rest: list[Any], tensors: Tensors, n: int) -> Tensor | None:
         if a.dtype == torch.bool or a.dtype.is_floating_point or rest[0] == 0:
             return None
         return f(a, rest[0])
@@ -96,13 +108,13 @@ def _whole(a: Tensor, n: int) -> Tensor:
     return a.expand(n, n)
 
 
-def _set_slice(a: Tensor, rest: list[Any], tensors: list[Tensor], n: int) -> Tensor:
+def _set_slice(a: Tensor, rest: list[Any], tensors: Tensors, n: int) -> Tensor:
     out = _whole(a, n).clone()
     out[:, rest[0] :] = 0
     return out
 
 
-def _set_select(a: Tensor, rest: list[Any], tensors: list[Tensor], n: int) -> Tensor:
+def _set_select(a: Tensor, rest: list[Any], tensors: Tensors, n: int) -> Tensor:
     out = _whole(a, n).clone()
     out[rest[0]] = 1
     out[:, -1].fill_(0)
@@ -110,7 +122,7 @@ def _set_select(a: Tensor, rest: list[Any], tensors: list[Tensor], n: int) -> Te
 
 
 def _in_place(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def g(a: Tensor, rest: list[Any], tensors: list[Tensor], n: int) -> Tensor:
+    def g(a: Tensor, rest: list[Any], tensors: Tensors, n: int) -> Tensor:
         out = _whole(a, n).clone()
         f(out, rest, tensors)
         return out
@@ -118,8 +130,8 @@ def _in_place(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return g
 
 
-def _mask(rest: list[Any], tensors: list[Tensor]) -> Tensor:
-    mask = tensors[-1 - rest[0] % len(tensors)]
+def _mask(rest: list[Any], tensors: Tensors) -> Tensor:
+    mask = tensors.latest(rest[0])
     return mask if mask.dtype == torch.bool else mask != 0
 
 
@@ -129,11 +141,11 @@ def _fill(a: Tensor, number: float) -> float:
     return int(number) if abs(number) < 100 else 1
 
 
-def _where(a: Tensor, rest: list[Any], tensors: list[Tensor], n: int) -> Tensor:
+def _where(a: Tensor, rest: list[Any], tensors: Tensors, n: int) -> Tensor:
     return torch.where(_mask(rest, tensors), a, rest[1] if a.dtype.is_floating_point else 3)
 
 
-def _take(a: Tensor, rest: list[Any], tensors: list[Tensor], n: int) -> Tensor:
+def _take(a: Tensor, rest: list[Any], tensors: Tensors, n: int) -> Tensor:
     at = torch.arange(n).flip(0)[:, None].expand(n, n)
     return torch.take_along_dim(_whole(a, n), at, dim=rest[0] % 2)
 

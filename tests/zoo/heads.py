@@ -52,6 +52,23 @@ def grouped_heads_by_broadcasting(q: T, k: T, v: T) -> T:
     return (p @ v.unsqueeze(2)).reshape(3, 8, 5, 6)
 
 
+@plain("repeat-kv", GROUPED, inputs=grouped)
+def grouped_heads_with_flat_scores(q: T, k: T, v: T) -> T:
+    scores = torch.einsum("bkgqd,bksd->bkgqs", q.unflatten(1, (2, 4)), k).flatten(1, 2) * 0.3
+    return torch.einsum("bkgqs,bksd->bkgqd", scores.softmax(-1).unflatten(1, (2, 4)), v).flatten(1, 2)
+
+
+@plain(
+    "repeat-kv",
+    Site(scale=0.3, q=(6, 1, 4, 6), k=(6, 1, 7, 6), v=(6, 1, 7, 6)),
+    inputs=lambda: qkv(batch=3, heads=8, queries=1, width=6, kv_heads=2),
+)
+def one_new_token_with_grouped_heads_and_flat_scores(q: T, k: T, v: T) -> T:
+    # the flat axis holds heads and their groups; with one query, the groups are what is left to be the queries
+    scores = torch.einsum("bkgqd,bksd->bkgqs", q.unflatten(1, (2, 4)), k).flatten(1, 2) * 0.3
+    return torch.einsum("bkgqs,bksd->bkgqd", scores.softmax(-1).unflatten(1, (2, 4)), v).flatten(1, 2)
+
+
 @plain(
     "repeat-kv",
     Site(scale=0.3, q=(3, 8, 5, 6), k=(3, 2, 7, 6), v=(3, 2, 7, 6), groups=4, dense=True, empty_rows="nan"),
