@@ -15,7 +15,9 @@ import argparse
 import datetime
 import os
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -288,7 +290,7 @@ def page(rows: list[Row], large: LargeRow, command: str) -> str:
     return f"""# What the pass costs
 
 Written by `{command}` on {datetime.date.today().isoformat()} with torch {torch.__version__},
-Python {platform.python_version()}, {os.cpu_count()} CPU cores. Seconds, medians.
+Python {platform.python_version()}, {os.cpu_count()} CPU cores. Seconds; medians of `--repeat` runs.
 
 ## A Llama-shaped model
 
@@ -324,7 +326,7 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(row)
             print(f"{layers} layers, {row.distinct} distinct: the pass takes {row.own:.2f} s", flush=True)
     large = measure_large(arguments.nodes, arguments.sites)
-    command = f"python -m benchmarks.compile_time{' --no-inductor' if arguments.no_inductor else ''} --write"
+    command = shlex.join(["python", "-m", "benchmarks.compile_time", *(sys.argv[1:] if argv is None else argv)])
     text = page(rows, large, command)
     print(text)
     if arguments.write:
