@@ -118,6 +118,8 @@ def mark_gradients(graph: Graph, default: State) -> None:
                 and any(arg.meta.get("attnpass_grad", False) for arg in node.all_input_nodes)
                 and not (isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex()))
             )
+            # what capture could not lower may start to record gradients by itself
+            flows = flows or (isinstance(val, torch.Tensor) and val.requires_grad)
         node.meta["attnpass_grad"] = flows
 
 

@@ -359,6 +359,24 @@ def test_a_branch_keeps_the_strides_that_the_other_branch_has() -> None:
     assert agrees(run, sample() + 1, inner="aot_eager").replaced == 1
 
 
+def test_a_nested_compile_region_is_rewritten_only_where_no_gradients_flow() -> None:
+    # inductor gets the gradients of a fused call inside such a region wrong, whoever wrote the call (torch 2.13, CPU)
+    @torch.compiler.nested_compile_region
+    def region(x: Tensor) -> Tensor:
+        return attention(x * 3, x * 1, x * 2, 0.2)
+
+    def model(x: Tensor) -> Tensor:
+        return region(region(x))
+
+    assert codes(agrees(model, sample(), inner="aot_eager")) == ["not_lowered"]
+    attnpass.reset()
+    x = sample()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend=backend, options={"inner": "aot_eager"})
+        torch.testing.assert_close(compiled(x), model(x))
+    assert [(site.graph, site.replaced) for site in attnpass.report().sites] == [("graph0.subgraph_0", True)]
+
+
 def test_every_part_of_a_broken_graph_is_rewritten() -> None:
     model = Net()
 

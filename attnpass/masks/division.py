@@ -13,6 +13,8 @@ def divmod_(p: Poly, q: Poly) -> tuple[Poly, Poly]:
     if q == ONE:
         return p, ZERO
     a, r = _extract(p, q)
+    if r == ZERO:
+        return a, ZERO
     if nonneg(r) and nonneg(q - 1 - r):
         return a, r
     if nonneg(r + q) and nonneg(-1 - r):

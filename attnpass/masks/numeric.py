@@ -18,6 +18,7 @@ from attnpass.masks.division import floordiv
 from attnpass.masks.expr import (
     FALSE,
     TRUE,
+    Atom,
     Bool,
     Const,
     Div,
@@ -30,14 +31,20 @@ from attnpass.masks.expr import (
     Sym,
     Tree,
     Value,
+    Var,
     of,
     poly,
+    walk,
 )
 from attnpass.masks.lift import Call, Unliftable, as_bool, as_tree, kind_of
 from attnpass.masks.logic import any_leaf, eq, ge, ite, negate, spread
 from attnpass.masks.ranges import integer_bounds
+from attnpass.masks.substitute import poly_substitute
 
 _EXACT = {torch.float16: 2**11, torch.bfloat16: 2**8, torch.float32: 2**24, torch.float64: 2**53}
+# What sizes without a bound are taken to be, so that positions made of them stay exact. In int64 that is no assumption:
+# scores of so many queries cannot be held.
+_SIZES_BELOW = {torch.float32: 2**20, torch.int32: 2**24, torch.float64: 2**31, torch.int64: 2**31}
 _MANTISSA = {torch.float16: (11, 5), torch.bfloat16: (8, 8), torch.float32: (24, 8), torch.float64: (53, 11)}
 
 
@@ -88,11 +95,26 @@ def _within(call: Call, p: Poly, bound: int, dtype: torch.dtype) -> bool:
     lo, hi = integer_bounds(p)
     if lo is not None and hi is not None:
         return -bound <= lo and hi <= bound
-    if bound < 2**24 or not _only_indices(p):
+    limit = _SIZES_BELOW.get(dtype)
+    if limit is None or not _only_indices(p):
+        return False
+    lo, hi = integer_bounds(_with_sizes_below(p, limit))
+    if lo is None or hi is None or lo < -bound or hi > bound:
         return False
     if dtype != torch.int64:
-        call.assume(f"positions computed in {name(dtype)} stay below 2**{bound.bit_length() - 1}")
+        call.assume(f"sizes stay below 2**{limit.bit_length() - 1}: positions are computed in {name(dtype)}")
     return True
+
+
+def _with_sizes_below(p: Poly, limit: int) -> Poly:
+    """The same with an upper bound for every size that has none."""
+    by: dict[Atom, Poly] = {}
+    for atom in walk(p):
+        if isinstance(atom, Sym) and atom.high is None:
+            by[atom] = of(Sym(atom.name, atom.low, limit))
+        elif isinstance(atom, Var):
+            by[atom] = of(Var(atom.name, _with_sizes_below(atom.size, limit)))
+    return poly_substitute(p, by)
 
 
 def fits(call: Call, p: Poly, dtype: torch.dtype) -> bool:
