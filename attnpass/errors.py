@@ -25,3 +25,9 @@ class Refuse(Exception):
         self.code = code
         self.node = node
         self.details = details
+
+
+def first_line(error: Exception) -> str:
+    """An exception in one line, for the ledger."""
+    text = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -18,11 +18,11 @@ from torch.fx import Graph, Node
 
 from attnpass.choose import Choice, choose
 from attnpass.emit import build
-from attnpass.errors import Refuse
+from attnpass.errors import Refuse, first_line
 from attnpass.graph import State, tensor, where
 from attnpass.ledger import Decision, Failure, Miss, Saves
 from attnpass.policy import Policy
-from attnpass.reasons import Reason, reason
+from attnpass.reasons import reason
 from attnpass.recognize import Finding, Lost, find
 from attnpass.recognize.purity import Effects
 from attnpass.site import Site
@@ -109,7 +109,7 @@ def _carry_out(
     except Refuse as why:
         return dataclasses.replace(decision, reason=reason(why.code, **why.details)), None
     except Exception as error:
-        return dataclasses.replace(decision, reason=_failed(error)), None
+        return dataclasses.replace(decision, reason=reason("failed", detail=first_line(error))), None
     done = dataclasses.replace(
         decision,
         replaced=True,
@@ -118,11 +118,6 @@ def _carry_out(
         saves=Saves(bytes=_saved(site)),
     )
     return done, (site.output, fused)
-
-
-def _failed(error: Exception) -> Reason:
-    text = str(error).strip().splitlines()
-    return reason("failed", detail=f"{type(error).__name__}: {text[0] if text else ''}")
 
 
 def _saved(site: Site) -> int | None:

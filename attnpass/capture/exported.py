@@ -27,7 +27,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnpass import pipeline
 from attnpass.capture import aten
-from attnpass.errors import AttnpassError
+from attnpass.errors import AttnpassError, first_line
 from attnpass.graph import State, fake_mode_of, mark_gradients
 from attnpass.ledger import Decision, Failure, Report
 from attnpass.pipeline import Outcome, Replacement
@@ -98,7 +98,7 @@ def _rewrite_program(program: ExportedProgram, job: _Job) -> tuple[ExportedProgr
         return new, job.report()
     except Exception as error:  # torch's verifier, or ours: the user gets an intact copy and the reason
         intact = aten.clone(program.graph_module, aten.copy_graph(program.graph))
-        return _with_graph(program, intact), job.report(undone=_first_line(error))
+        return _with_graph(program, intact), job.report(undone=first_line(error))
 
 
 def _with_graph(program: ExportedProgram, gm: GraphModule) -> ExportedProgram:
@@ -193,7 +193,7 @@ class _Job:
             graph.lint()
             guards.check()
         except Exception as error:
-            text = _first_line(error)
+            text = first_line(error)
             failure = Failure(graph=name, stage="export", text=text)
             outcome = _undone(outcome, reason("failed", detail=text))
             outcome = dataclasses.replace(outcome, failures=(*outcome.failures, failure))
@@ -270,8 +270,3 @@ def _undone(outcome: Outcome, why: Reason) -> Outcome:
         return dataclasses.replace(decision, replaced=False, kernel=None, reason=why)
 
     return dataclasses.replace(outcome, decisions=tuple(map(put_back, outcome.decisions)), replacements=())
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -29,6 +29,7 @@ from attnpass.capture.lower import Shadow, lower
 from attnpass.capture.splice import splice
 from attnpass.capture.template import guards_known, no_new_guards
 from attnpass.capture.values import shape_env
+from attnpass.errors import first_line
 from attnpass.graph import State, where
 from attnpass.ledger import Failure, Miss, Report
 from attnpass.pipeline import Outcome
@@ -153,7 +154,7 @@ class _Frame:
             if _assumed(env) != assumed:
                 raise RuntimeError("the rewrite would hold only under new conditions on sizes")
         except Exception as error:
-            text = _first_line(error)
+            text = first_line(error)
             failure = Failure(graph=name, stage=stage, text=text)
             if stage == "lower":
                 outcome = _all_missed(gm, name, text)
@@ -175,7 +176,7 @@ class _Frame:
             raise
 
     def take_back(self, name: str, stage: str, error: Exception) -> None:
-        text = _first_line(error)
+        text = first_line(error)
         self.outcomes = [undone(outcome, reason("failed", detail=text)) for outcome in self.outcomes]
         self.outcomes.append(Outcome(failures=(Failure(graph=name, stage=stage, text=text),)))
 
@@ -283,8 +284,3 @@ def undone(outcome: Outcome, why: Reason) -> Outcome:
 
 def _assumed(env: ShapeEnv | None) -> tuple[int, int]:
     return (len(env.guards), len(env.replacements)) if env is not None else (0, 0)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
