@@ -35,12 +35,11 @@ def _build(b: Builder, site: Site, kernel: Kernel) -> Node:
     roles, spec = site.roles, site.spec
     dtype: torch.dtype = getattr(torch, kernel.compute_dtype(spec))
     placed = [site.q, site.k, site.v, *(p for p, _ in site.scale.tensors)]
-    placed += [layer.tensor if hasattr(layer, "tensor") else layer.mask for layer in site.layers]
+    placed += [layer.placed for layer in site.layers]
     sizes = Sizes(b, site.sizes, [p.node for p in placed] + [site.output])
-    shared = roles.heads[: len(roles.heads) - len(roles.group)]
     q = arrange(b, site.q, (roles.batch, roles.heads, roles.queries, roles.width), sizes, expand=True)
-    k = arrange(b, site.k, (roles.batch, shared, roles.keys, roles.width), sizes, expand=True)
-    v = arrange(b, site.v, (roles.batch, shared, roles.keys, roles.v_width), sizes, expand=True)
+    k = arrange(b, site.k, (roles.batch, roles.shared, roles.keys, roles.width), sizes, expand=True)
+    v = arrange(b, site.v, (roles.batch, roles.shared, roles.keys, roles.v_width), sizes, expand=True)
     q, k, scale = _scaled(b, site, q, k, sizes)
     q, k, v = (_cast(b, node, dtype) for node in (q, k, v))
     dense = dense_mask(b, site, sizes, dtype)
@@ -77,14 +76,13 @@ def _cast(b: Builder, node: Node, dtype: torch.dtype) -> Node:
 def _scaled(b: Builder, site: Site, q: Node, k: Node, sizes: Sizes) -> tuple[Node, Node, float]:
     """Tensor factors go into q, or into k where they depend on the keys; known numbers become the kernel's scale."""
     roles = site.roles
-    shared = roles.heads[: len(roles.heads) - len(roles.group)]
     for placed, power in site.scale.tensors:
         own = {a for dim in placed.layout for a in dim}
         one = Factor(tensors=((placed, power),))
         if own & set(roles.keys):
             if own & set(roles.group):
                 raise Refuse("score_weights", site.anchor)
-            k = multiplied(b, k, one, sizes, (roles.batch, shared, roles.keys, ()))
+            k = multiplied(b, k, one, sizes, (roles.batch, roles.shared, roles.keys, ()))
         else:
             q = multiplied(b, q, one, sizes, (roles.batch, roles.heads, roles.queries, ()))
     for node, power in site.scale.scalars:

@@ -58,6 +58,10 @@ class Add:
     tensor: Placed
     factor: Factor
 
+    @property
+    def placed(self) -> Placed:
+        return self.tensor
+
 
 @dataclass(frozen=True)
 class Fill:
@@ -69,6 +73,10 @@ class Fill:
     dtype: torch.dtype  # of the scores that it fills
     lowest: bool = False  # the fill is the lowest finite number of the scores' dtype: no score can be below it
     additive: bool = False  # was written as an addition, through which gradients still reach the scores
+
+    @property
+    def placed(self) -> Placed:
+        return self.mask
 
 
 Layer = Add | Fill
@@ -85,6 +93,11 @@ class Roles:
     keys: tuple[Atom, ...]
     width: tuple[Atom, ...]  # contracted between q and k
     v_width: tuple[Atom, ...]
+
+    @property
+    def shared(self) -> tuple[Atom, ...]:
+        """The head axes that k and v have: without the group."""
+        return self.heads[: len(self.heads) - len(self.group)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ from attnpass.recognize.purity import Effects
 from attnpass.recognize.softmax import Anchor
 from attnpass.recognize.walk import Found, Walker
 from attnpass.recognize.weights import Outwards
-from attnpass.site import Add, Atom, Dim, Factor, Fill, Layer, Layout, Placed, Roles, Site
+from attnpass.site import Atom, Dim, Factor, Fill, Layer, Layout, Placed, Roles, Site
 from attnpass.spec import AttentionSpec, EmptyRow, Size
 
 
@@ -84,7 +84,7 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     grad = any(x.meta.get("attnpass_grad", False) for x in (found.q, found.k, v_node))
     layers = as_fills(tuple(_resolved(layer, axes) for layer in found.at.layers), effects, dtype, grad=grad)
     usual = 1 if len(outer) == 1 else len([a for dim in outer[:-1] for a in dim if a in rest])
-    cut = _cut(rest, group, usual, [atoms(_placed(layer).layout) for layer in layers])
+    cut = _cut(rest, group, usual, [atoms(layer.placed.layout) for layer in layers])
     v_own = _ordered(v_layout, atoms(v_layout) - keys - set(batch_atoms))
     _every_axis_has_a_role(anchor, axes, qs, {*batch_atoms, *queries, *width}, set(v_own))
     _every_axis_has_a_role(anchor, axes, ks, {*batch_atoms, *keys, *width}, set(v_own))
@@ -97,26 +97,25 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
         width=_ordered(q_layout, width),
         v_width=v_own,
     )
-    shared = (*rest[cut:],)
     q = _best(qs, (roles.batch, roles.heads, roles.queries, roles.width), axes)
-    k = _best(_with_axes(ks, group, axes), (roles.batch, shared, roles.keys, roles.width), axes)
-    v = _best(_with_axes(vs, group, axes), (roles.batch, shared, roles.keys, roles.v_width), axes)
+    k = _best(_with_axes(ks, group, axes), (roles.batch, roles.shared, roles.keys, roles.width), axes)
+    v = _best(_with_axes(vs, group, axes), (roles.batch, roles.shared, roles.keys, roles.v_width), axes)
     scale = found.at.factor.times(Factor(q.scale * k.scale * anchor.base * (found.at.softcap or 1.0)))
     scale = dataclasses.replace(
         scale, tensors=tuple((Placed(p.node, axes.resolve(p.layout)), power) for p, power in scale.tensors)
     )
-    kept = {x.placed.node for x in (q, k, v)} | {_placed(layer).node for layer in layers}
+    kept = {x.placed.node for x in (q, k, v)} | {layer.placed.node for layer in layers}
     kept |= {x.node for x, _ in scale.tensors}
     others = _escaping([*found.at.seen, *anchor.parts], kept, anchor, out, place)
     low = EmptyRow.MEAN if found.at.centred else anchor.low
     masks = describe_layers(layers, effects, dtype, roles, axes, grad=grad, floored=found.at.floored, low=low)
     spec = _spec(roles, axes, dtype, scale, found, out, masks, anchor, grad=grad, weights_used=bool(others))
     spec = dataclasses.replace(spec, inference=state.inference)
-    for extra in (*map(_placed, layers), *(p for p, _ in scale.tensors)):
+    for extra in (*(layer.placed for layer in layers), *(p for p, _ in scale.tensors)):
         if not effects.unchanged(extra.node, effects.position[extra.node], reach.until(grad)):
             raise Refuse("mutated", extra.node, what=extra.node.name)
     obstacles = (*masks.obstacles, *_used(others, out))
-    _same_device([q.placed, k.placed, v.placed, *map(_placed, layers)], anchor)
+    _same_device([q.placed, k.placed, v.placed, *(layer.placed for layer in layers)], anchor)
     trail = tuple(describe(node) for node in found.at.seen)
     region = {*found.at.seen, *anchor.parts, anchor.node, *out.crossed}
     return Site(
@@ -276,12 +275,8 @@ def _ordered(layout: Layout, wanted: frozenset[Atom]) -> tuple[Atom, ...]:
     return tuple(a for dim in layout for a in dim if a in wanted)
 
 
-def _placed(layer: Layer) -> Placed:
-    return layer.tensor if isinstance(layer, Add) else layer.mask
-
-
 def _resolved(layer: Layer, axes: Axes) -> Layer:
-    placed = Placed(_placed(layer).node, axes.resolve(_placed(layer).layout))
+    placed = Placed(layer.placed.node, axes.resolve(layer.placed.layout))
     if isinstance(layer, Fill):
         return dataclasses.replace(layer, mask=placed)
     factor = dataclasses.replace(
@@ -368,7 +363,7 @@ def _spec(
     first = tensor(found.q)
     assert probabilities is not None
     assert first is not None
-    batch, heads, shared = size(roles.batch), size(roles.heads), size(roles.heads[: -len(roles.group) or None])
+    batch, heads, shared = size(roles.batch), size(roles.heads), size(roles.shared)
     groups: Any = axes.dim_size(roles.group)
     p = out.dropout
     return AttentionSpec(

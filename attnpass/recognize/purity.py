@@ -106,8 +106,7 @@ class Effects:
                 self._join(node, arg)
             return
         written, names, shares = effect
-        targets = [arg for i in written if i < len(node.args) for arg in _nodes(node.args[i])]
-        targets += [arg for name in names if name in node.kwargs for arg in _nodes(node.kwargs[name])]
+        targets = _targets(node, written, names)
         if targets:
             raw.append((node, targets))
         shared = [arg for i in shares if i < len(node.args) for arg in _nodes(node.args[i])]
@@ -205,17 +204,18 @@ class Effects:
             return False
         if isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.returns:
             return True
-        written, names, _ = effect
-        if not written and not names:
-            return False
-        targets = [arg for i in written if i < len(node.args) for arg in _nodes(node.args[i])]
-        targets += [arg for name in names if name in node.kwargs for arg in _nodes(node.kwargs[name])]
-        return any(self.is_external(target) for target in targets)
+        return any(self.is_external(target) for target in _targets(node, effect[0], effect[1]))
 
 
 def is_check(node: Node) -> bool:
     """A check that capture put beside a tensor: needed only as long as the tensor is."""
     return node.target is torch.ops.aten._assert_tensor_metadata.default
+
+
+def _targets(node: Node, written: frozenset[int], names: frozenset[str]) -> list[Node]:
+    """The arguments that a call writes to."""
+    targets = [arg for i in written if i < len(node.args) for arg in _nodes(node.args[i])]
+    return targets + [arg for name in names if name in node.kwargs for arg in _nodes(node.kwargs[name])]
 
 
 def _holds_tensor(node: Node) -> bool:

@@ -24,7 +24,7 @@ from attnpass.recognize import views
 from attnpass.recognize.axes import atoms
 from attnpass.recognize.ops import bound, number_in, op_name, pair
 from attnpass.recognize.walk import Found, Inner, Sink, Walker, register_rule
-from attnpass.site import Add, Factor, Fill, Layer, Layout, Placed
+from attnpass.site import Factor, Fill, Layer, Layout, Placed
 
 
 def _floating(at: Inner) -> torch.dtype:
@@ -339,7 +339,7 @@ def sink(w: Walker, at: Inner) -> Inner:
     whole = w.axes.resolve_dim(at.layout[dim])
     if w.sink is not None or at.softcap is not None or whole != w.axes.resolve_dim(w.over) or len(parts) != 2:
         raise Refuse("unknown_arguments", at.node, op="cat", detail="not one column beside the scores")
-    if any(atoms(layer_tensor(layer).layout) & set(whole) for layer in at.layers) or at.factor != Factor():
+    if any(atoms(layer.placed.layout) & set(whole) for layer in at.layers) or at.factor != Factor():
         raise Refuse("unknown_arguments", at.node, op="cat", detail="the sink is scaled or masked with the scores")
     order = [p for p in parts if w.has_product(p)]
     if len(order) != 1:
@@ -356,7 +356,3 @@ def sink(w: Walker, at: Inner) -> Inner:
     flat = (*at.layout[:dim], (), *at.layout[dim + 1 :])
     placed = Placed(column, w.axes.align(flat, shape, [w.axes.dim_size(d) for d in flat]))
     return at.step(scores, layout, sink=placed)
-
-
-def layer_tensor(layer: Layer) -> Placed:
-    return layer.tensor if isinstance(layer, Add) else layer.mask

@@ -48,7 +48,6 @@ class Outwards:
 
     products: list[tuple[Product, Layout, Node]] = field(default_factory=list)  # product, V's layout, V
     crossed: list[Node] = field(default_factory=list)
-    others: list[Node] = field(default_factory=list)  # other readers
     refused: list[Refuse] = field(default_factory=list)
     dropout: Any = 0.0
     out_layout: Layout = ()
@@ -73,7 +72,6 @@ def _follow(
             _one(node, user, layout, axes, effects, live, sink, out)
         except Refuse as why:
             out.refused.append(why)
-            out.others.append(user)
 
 
 def _one(
