@@ -8,41 +8,49 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnpass.functions import obstacles
+from attnpass.gain import gained
 from attnpass.kernels import Kernel, kernels
 from attnpass.ledger import Verdict
 from attnpass.policy import Policy
+from attnpass.prove import Proved
 from attnpass.reasons import Reason, reason
 from attnpass.site import Site
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The kernel chosen for a site, or why there is none."""
+    """The kernels that would serve a site, the best one first, or why there is none."""
 
-    kernel: Kernel | None
+    kernels: tuple[Kernel, ...]
     reason: Reason | None
     verdicts: tuple[Verdict, ...]
 
 
-def choose(site: Site, policy: Policy, fuel: int | None) -> Choice:
-    """Ask all kernels about a site."""
-    asked = [(kernel, _verdict(kernel, site)) for kernel in kernels()]
+def choose(proved: Proved, policy: Policy, fuel: int | None, *, compiled: bool = False) -> Choice:
+    """Ask all kernels about a site; `compiled`: inductor will compile the graph."""
+    site = proved.site
+    asked = [(kernel, _verdict(kernel, proved, compiled)) for kernel in kernels()]
     verdicts = tuple(verdict for _, verdict in asked)
-    why = _kept(site, policy, fuel)
+    willing = [pair for pair in asked if pair[1].accepts and (not site.existing_call or gained(proved, pair[0]))]
+    why = reason("already_fused") if site.existing_call and not willing else _kept(site, policy, fuel)
     if why is not None:
-        return Choice(kernel=None, reason=why, verdicts=verdicts)
-    willing = [(kernel, verdict) for kernel, verdict in asked if verdict.accepts]
+        return Choice(kernels=(), reason=why, verdicts=verdicts)
     if not willing:
         texts = "; ".join(f"{v.kernel}: {', '.join(r.text for r in v.refusals)}" for v in verdicts)
-        return Choice(kernel=None, reason=reason("no_kernel", detail=texts), verdicts=verdicts)
+        return Choice(kernels=(), reason=reason("no_kernel", detail=texts), verdicts=verdicts)
     # kernels that tell no cost keep their order, behind those that do
-    best = min(willing, key=lambda pair: float("inf") if pair[1].cost_us is None else pair[1].cost_us)
-    return Choice(kernel=best[0], reason=None, verdicts=verdicts)
+    ranked = sorted(willing, key=lambda pair: float("inf") if pair[1].cost_us is None else pair[1].cost_us)
+    return Choice(kernels=tuple(kernel for kernel, _ in ranked), reason=None, verdicts=verdicts)
 
 
-def _verdict(kernel: Kernel, site: Site) -> Verdict:
+def _verdict(kernel: Kernel, proved: Proved, compiled: bool) -> Verdict:
+    site = proved.site
     missing = kernel.available()
     refusals = (*((missing,) if missing else ()), *kernel.refusals(site.spec))
+    if kernel.takes == "functions":
+        uncompiled = () if compiled else (reason("not_compiled"),)
+        refusals = (*uncompiled, *refusals, *obstacles(proved))
     return Verdict(kernel=kernel.name, refusals=refusals, cost_us=None if refusals else kernel.cost(site.spec))
 
 

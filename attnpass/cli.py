@@ -89,7 +89,8 @@ def _rewrite(options: argparse.Namespace) -> int:
         with _quietly(), _progress(options, f"loading {options.source}"):
             loaded = cli_files.load(options.source)
     with _quietly(), _progress(options, "rewriting"):
-        program, report = attnpass.rewrite(loaded.program)
+        policy = attnpass.Policy(trust_buffers=options.trust_buffers)
+        program, report = attnpass.rewrite(loaded.program, policy=policy)
     with _quietly(), _progress(options, f"writing {options.output}"):
         cli_files.save(cli_files.Loaded(program, loaded.extra), options.output)
     return _show(report, options)
@@ -276,6 +277,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     rewrite.add_argument("source", metavar="IN", help=f"model.pt2, or {cli_files.FACTORY_FORM}")
     rewrite.add_argument("output", metavar="OUT", help="the .pt2 file to write; replaced whole or not at all")
+    rewrite.add_argument(
+        "--trust-buffers",
+        action="store_true",
+        help="take masks that buffers hold for granted: OUT is wrong if one of them is loaded with another mask",
+    )
     rewrite.set_defaults(run=_rewrite)
 
     kernels = commands.add_parser("kernels", parents=[common], help="list the kernels: which run here, and why not")

@@ -13,25 +13,32 @@ from torch.fx import Graph, Node
 
 from attnpass.arrange import Sizes, arrange
 from attnpass.errors import Refuse
-from attnpass.graph import Builder, fake_mode_of, tensor
+from attnpass.functions import answers, functions, rows_with_a_key
+from attnpass.graph import Builder, Shared, fake_mode_of, tensor
 from attnpass.kernels.base import Kernel
-from attnpass.layers import answered, dense_mask, multiplied
+from attnpass.layers import Dense, answered, as_given, dense_mask, multiplied
+from attnpass.lse import alive, sunk
+from attnpass.prove import Proved
 from attnpass.site import Call, Factor, Layout, Placed, Site
+from attnpass.spec import EmptyRow, is_causal
+from attnpass.structured import structured_mask
 
 aten = torch.ops.aten
 
 
-def build(graph: Graph, site: Site, kernel: Kernel) -> tuple[Builder, Node]:
+def build(graph: Graph, proved: Proved, kernel: Kernel, shared: Shared) -> tuple[Builder, Node]:
     """Insert everything the fused call needs; the last node stands for the site's output."""
+    site = proved.site
     b = Builder(graph, site.output, mode=fake_mode_of(graph), state=site.state, like=site.output)
     try:
-        return b, _build(b, site, kernel)
+        return b, _build(b, proved, kernel, shared)
     except BaseException:
         b.discard()
         raise
 
 
-def _build(b: Builder, site: Site, kernel: Kernel) -> Node:
+def _build(b: Builder, proved: Proved, kernel: Kernel, shared: Shared) -> Node:
+    site = proved.site
     roles, spec = site.roles, site.spec
     dtype: torch.dtype = getattr(torch, kernel.compute_dtype(spec))
     placed = [site.q, site.k, site.v, *(p for p, _ in site.scale.tensors)]
@@ -42,14 +49,26 @@ def _build(b: Builder, site: Site, kernel: Kernel) -> Node:
     v = arrange(b, site.v, (roles.batch, roles.shared, roles.keys, roles.v_width), sizes, expand=True)
     q, k, scale = _scaled(b, site, q, k, sizes)
     q, k, v = (_cast(b, node, dtype) for node in (q, k, v))
-    dense = dense_mask(b, site, sizes, dtype)
-    if dense.silent is not None:
-        q = b.call(aten.where.ScalarOther, b.call(aten.logical_not.default, dense.silent), q, 0.0)
+    if kernel.takes == "functions":
+        return _finished(b, site, _by_functions(b, proved, kernel, shared, (q, k, v, scale), sizes), sizes)
+    causal = site.causal or (proved.expressed and kernel.can.causal and is_causal(spec))
+    if causal or (proved.expressed and spec.mask.empty and not spec.bias):
+        dense = Dense(mask=None)
+    elif site.existing_call:
+        # its own mask, as it is: nothing is known of rows without a key but that this call answers them (gain.py)
+        dense = Dense(mask=as_given(b, site, sizes))
+    elif proved.structured and not spec.bias:
+        dense = structured_mask(b, proved, shared)
+    else:
+        dense = dense_mask(b, site, sizes, dtype, shared)
+    if dense.scored is not None:
+        q = b.call(aten.where.ScalarOther, dense.scored, q, 0.0)
     call = Call(
         q=q,
         k=k,
         v=v,
         mask=dense.mask,
+        causal=causal,
         scale=scale,
         dropout=site.dropout if isinstance(site.dropout, float | int) else 0.0,
         groups=spec.groups,
@@ -59,7 +78,53 @@ def _build(b: Builder, site: Site, kernel: Kernel) -> Node:
     if site.output_written and spec.grad:
         # a fused kernel's backward reads its result again; the original's product did not
         out = b.call(aten.clone.default, out)
-    out = answered(b, out, call, dense, sizes, site)
+    return _finished(b, site, answered(b, out, call, dense, sizes, site), sizes)
+
+
+def _by_functions(
+    b: Builder, proved: Proved, kernel: Kernel, shared: Shared, qkv: tuple[Node, Node, Node, float], sizes: Sizes
+) -> Node:
+    """The call of a kernel that is given mask and biases as functions."""
+    site, spec = proved.site, proved.site.spec
+    q, k, v, scale = qkv
+    told = kernel.gives_lse(spec)
+    sink = _sink(b, site, sizes)
+    if sink is not None and not told:
+        k, v = (b.call(aten.constant_pad_nd.default, node, [0, 0, 0, 1]) for node in (k, v))
+    call = Call(
+        q=q,
+        k=k,
+        v=v,
+        mask=None,
+        causal=False,
+        scale=scale,
+        dropout=0.0,
+        groups=spec.groups,
+        spec=spec,
+        functions=functions(b, proved, shared, sink=None if told else sink),
+    )
+    empty = spec.empty_rows is not EmptyRow.IMPOSSIBLE and sink is None  # beside a sink such a row is zero
+    out, lse = kernel.emit_with_lse(b, call) if told and (empty or sink is not None) else (kernel.emit(b, call), None)
+    if sink is not None and lse is not None:
+        return sunk(b, out, lse, sink)
+    if site.output_written and spec.grad:
+        out = b.call(aten.clone.default, out)
+    if not empty:
+        return out
+    rows = rows_with_a_key(b, proved, shared) if lse is None else alive(b, lse)
+    return answered(b, out, call, answers(proved, rows), sizes, site)
+
+
+def _sink(b: Builder, site: Site, sizes: Sizes) -> Node | None:
+    roles = site.roles
+    if site.sink is None:
+        return None
+    return arrange(b, site.sink, (roles.batch, roles.heads, roles.queries, ()), sizes, expand=False)
+
+
+def _finished(b: Builder, site: Site, out: Node, sizes: Sizes) -> Node:
+    """The result in the original's form."""
+    roles = site.roles
     layout: Layout = (roles.batch, roles.heads, roles.queries, roles.v_width)
     out = arrange(b, Placed(out, layout), site.output_layout, sizes, expand=True)
     old = tensor(site.output)

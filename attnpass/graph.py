@@ -10,18 +10,21 @@ import contextlib
 import linecache
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnpass.ledger import Where
 from attnpass.spec import Size
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -104,25 +107,6 @@ def fake_mode_of(graph: Graph) -> FakeTensorMode | None:
     return None
 
 
-def mark_gradients(graph: Graph, default: State) -> None:
-    """Note in ``node.meta["attnpass_grad"]`` which values gradients may flow back through."""
-    for node in graph.nodes:
-        val = value(node)
-        if node.op in ("placeholder", "get_attr"):
-            # a nested graph's inputs are marked by capture: their values do not tell what their caller passes
-            flows = node.meta.get("attnpass_grad", False) or (isinstance(val, torch.Tensor) and val.requires_grad)
-        else:
-            flows = (
-                state_of(node, default).grad
-                and not str(node.target).startswith("aten.detach")
-                and any(arg.meta.get("attnpass_grad", False) for arg in node.all_input_nodes)
-                and not (isinstance(val, torch.Tensor) and not (val.is_floating_point() or val.is_complex()))
-            )
-            # what capture could not lower may start to record gradients by itself
-            flows = flows or (isinstance(val, torch.Tensor) and val.requires_grad)
-        node.meta["attnpass_grad"] = flows
-
-
 class Builder:
     """Inserts call_function nodes before one node, each with its fake value and the metadata of the code it serves.
 
@@ -150,6 +134,16 @@ class Builder:
         node.meta["val"] = self._value(node)
         return node
 
+    def module(self, module: GraphModule) -> Node:
+        """One node yielding a function that a call takes as an argument. Whoever puts the graph in place attaches the
+        module, which the node itself carries: no graph module has it yet.
+        """
+        with self.graph.inserting_before(self.before):
+            node = self.graph.create_node("get_attr", "attnpass_function")
+        node.meta.update(attnpass_made=True, val=module)
+        self.made.append(node)
+        return node
+
     def _value(self, node: Node) -> Any:
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), value)
         assert callable(node.target)
@@ -160,6 +154,8 @@ class Builder:
                 if self.mode.shape_env is not None:
                     stack.enter_context(self.mode.shape_env.ignore_fresh_unbacked_symbols())
             stack.enter_context(self.state.entered())
+            if isinstance(node.target, HigherOrderOperator):
+                stack.enter_context(torch.no_grad())  # its autograd traces the functions it is given; values need none
             out = node.target(*args, **kwargs)
         return out.detach() if isinstance(out, torch.Tensor) else out
 
@@ -168,6 +164,24 @@ class Builder:
         for node in reversed(self.made):
             self.graph.erase_node(node)
         self.made.clear()
+
+
+class Shared:
+    """Nodes that several sites of a graph read: each is made once, where the first of them needs it."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, b: Builder, make: Callable[[], Node]) -> Node:
+        """The node made for this key, if it is still there and stands before what `b` is building."""
+        return self.all(key, b, make, lambda node: (node,))
+
+    def all(self, key: Hashable, b: Builder, make: Callable[[], T], nodes: Callable[[T], Iterable[Node | None]]) -> T:
+        """The same for a thing that is made of several nodes."""
+        made: T | None = self._made.get(key)
+        if made is None or any(n is not None and (n._erased or not n < b.before) for n in nodes(made)):
+            made = self._made[key] = make()
+        return made
 
 
 _INDEX = re.compile(r"\[['\"]?([^'\"\]]+)['\"]?\]")

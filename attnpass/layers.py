@@ -12,15 +12,17 @@ which is exact whatever the kernel, and costs a reduction over the mask.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from attnpass.arrange import Sizes, arrange
-from attnpass.graph import Builder, tensor
-from attnpass.site import Add, Call, Factor, Fill, Layout, Site
+from attnpass.graph import Builder, Shared, tensor
+from attnpass.site import Add, Call, Factor, Fill, Layout, Placed, Site
 from attnpass.spec import EmptyRow
 
 aten = torch.ops.aten
@@ -40,13 +42,43 @@ class Dense:
     alive: Node | None = None  # True where the row has a key; None when every row has one
     answer: EmptyRow = EmptyRow.IMPOSSIBLE
     flows: bool = False  # the original's gradients reach the scores of a row without a key
-    silent: Node | None = None  # True where the bias swallows the scores: the queries there count as zero
+    scored: Node | None = None  # False where scores do not count: the queries there are taken for zero
 
 
-def dense_mask(b: Builder, site: Site, sizes: Sizes, dtype: torch.dtype) -> Dense:
-    """The one tensor that all layers of a site amount to."""
+def dense_mask(b: Builder, site: Site, sizes: Sizes, dtype: torch.dtype, shared: Shared) -> Dense:
+    """The one tensor that all layers of a site amount to; sites with the same layers read the same tensor."""
     if not site.layers:
         return Dense(mask=None)
+    key = ("dense", _alike(site), dtype)
+    return shared.all(key, b, lambda: _dense_mask(b, site, sizes, dtype), lambda d: (d.mask, d.alive, d.scored))
+
+
+def _alike(site: Site) -> Hashable:
+    """Equal for sites whose layers amount to the same tensor: axes are told by their part in the attention."""
+    roles = site.roles
+    parts = (roles.batch, roles.heads, roles.queries, roles.keys)
+    name = {atom: (part, at) for part, atoms in enumerate(parts) for at, atom in enumerate(atoms)}
+    lengths = tuple(str(site.sizes[atom]) for atom in name)
+
+    def placed(p: Placed) -> Hashable:
+        return p.node, tuple(tuple(name.get(atom) for atom in dim) for dim in p.layout)
+
+    layers = [
+        (placed(layer.mask), *(getattr(layer, f.name) for f in dataclasses.fields(layer) if f.name != "mask"))
+        if isinstance(layer, Fill)
+        else (
+            placed(layer.tensor),
+            layer.factor.number,
+            layer.factor.scalars,
+            tuple((placed(p), power) for p, power in layer.factor.tensors),
+        )
+        for layer in site.layers
+    ]
+    rest = (site.in_order, site.floored, site.rows, site.hollow, site.spec.grad, site.state)
+    return tuple(layers), tuple(name.values()), lengths, rest
+
+
+def _dense_mask(b: Builder, site: Site, sizes: Sizes, dtype: torch.dtype) -> Dense:
     target: Layout = (site.roles.batch, site.roles.heads, site.roles.queries, site.roles.keys)
     fills = [layer for layer in site.layers if isinstance(layer, Fill)]
     if not fills:
@@ -54,6 +86,13 @@ def dense_mask(b: Builder, site: Site, sizes: Sizes, dtype: torch.dtype) -> Dens
     if site.in_order:
         return _in_order(b, site, sizes, target, dtype)
     return _kept(b, site, sizes, target, dtype, fills)
+
+
+def as_given(b: Builder, site: Site, sizes: Sizes) -> Node | None:
+    """The mask of an existing call, which has one at most."""
+    roles = site.roles
+    target: Layout = (roles.batch, roles.heads, roles.queries, roles.keys)
+    return arrange(b, site.layers[0].placed, target, sizes, expand=False) if site.layers else None
 
 
 def _keep(b: Builder, fill: Fill, sizes: Sizes, target: Layout) -> Node:
@@ -72,23 +111,42 @@ def _kept(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dty
         keep = one if keep is None else b.call(aten.logical_and.default, keep, one)
     assert keep is not None
     alive: Node | None = None
-    if site.spec.empty_rows is not EmptyRow.IMPOSSIBLE:
-        alive = b.call(aten.any.dim, keep, -1, True)
-        keep = b.call(aten.logical_or.default, keep, b.call(aten.logical_not.default, alive))
+    if site.rows is not EmptyRow.IMPOSSIBLE:
+        alive, keep = with_empty_rows(b, keep)
     bias = _sum(b, [layer for layer in site.layers if isinstance(layer, Add)], sizes, target)
     if bias is None:
-        mask = keep
-    else:
-        narrow = _narrow(b, bias, dtype)
-        mask = b.call(aten.where.ScalarOther, keep, narrow, -math.inf)
-    flows = site.spec.grad and all(fill.additive for fill in fills)
-    return Dense(mask=mask, alive=alive, answer=site.spec.empty_rows, flows=flows)
+        return keeping(site, keep, alive)
+    mask = b.call(aten.where.ScalarOther, keep, _narrow(b, bias, dtype), -math.inf)
+    return Dense(mask=mask, alive=alive, answer=site.rows, flows=site.spec.grad and additive(site))
+
+
+def keeping(site: Site, keep: Node, alive: Node | None) -> Dense:
+    """A keep-mask alone, which keeps all keys in the rows where `alive` says that there is none.
+
+    With queries of zero all scores of such a row are equal, so the kernel itself answers with the mean, and sends no
+    gradient into the scores, as a fill would not.
+    """
+    flows = site.spec.grad and additive(site)
+    if site.rows is EmptyRow.MEAN and not flows:
+        return Dense(mask=keep, scored=alive)
+    return Dense(mask=keep, alive=alive, answer=site.rows, flows=flows)
+
+
+def with_empty_rows(b: Builder, keep: Node) -> tuple[Node, Node]:
+    """Where a row has a key, and the keep-mask with all keys where it has none."""
+    alive = b.call(aten.any.dim, keep, -1, True)
+    return alive, b.call(aten.logical_or.default, keep, b.call(aten.logical_not.default, alive))
+
+
+def additive(site: Site) -> bool:
+    """All masks were written as additions, through which gradients still reach the scores of an empty row."""
+    return all(layer.additive for layer in site.layers if isinstance(layer, Fill))
 
 
 def _added_only(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dtype) -> Dense:
     bias = _sum(b, [layer for layer in site.layers if isinstance(layer, Add)], sizes, target)
     assert bias is not None
-    if site.spec.empty_rows is EmptyRow.IMPOSSIBLE:
+    if site.rows is EmptyRow.IMPOSSIBLE:
         return Dense(mask=_narrow(b, bias, dtype))
     return _with_low_rows(b, site, bias, dtype)
 
@@ -96,34 +154,35 @@ def _added_only(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: tor
 def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype) -> Dense:
     """A bias that may leave rows without any ordinary key.
 
-    A row of -inf alone is nan in the original: the kernel is given zeros there and the row is answered afterwards. A
-    row of very low numbers swallows its scores, in the original as in a kernel's forward; but kernels keep only
-    log-sum-exp for the backward, and that is swallowed too. Softmax does not change when a row is shifted, so such rows
-    are shifted up to zero, with queries of zero in place of the scores that did not count.
+    A row of -inf alone is nan (or zero) in the original: the kernel is given zeros there and the row is answered
+    afterwards. A row of very low numbers swallows its scores, in the original as in a kernel's forward; but kernels
+    keep only log-sum-exp for the backward, and that is swallowed too. Softmax does not change when a row is shifted, so
+    such rows are shifted up to zero, with queries of zero in place of the scores that did not count.
     """
     val = tensor(bias)
     assert val is not None
     if site.floored:
         bias = b.call(aten.clamp.default, bias, torch.finfo(val.dtype).min)
     # two finite fills in one place may add up to -inf, in the original as here
-    nan = not site.floored and (site.in_order or site.spec.empty_rows is EmptyRow.NAN)
+    hollow = not site.floored and (site.in_order or site.rows in (EmptyRow.NAN, EmptyRow.ZERO))
     finite = [f.value for f in site.layers if isinstance(f, Fill) and math.isfinite(f.value)]
     half = torch.float16 in (val.dtype, dtype)  # its lowest number does not swallow what a kernel adds in float32
     # raising the bias to a kernel's floor would make -inf and the lowest number of such a row alike
     shift = site.spec.grad or half or _floored_for(val, dtype) or any(v > FLOOR for v in finite)
-    if not nan and not shift:
+    if not hollow and not shift:
         return Dense(mask=_narrow(b, bias, dtype))
     top = b.call(aten.amax.default, bias, [-1], True)
-    silent: Node | None = None
+    scored: Node | None = None
     if shift:
         silent = b.call(aten.le.Scalar, top, HALF_SWALLOWED if val.dtype == torch.float16 else SWALLOWED)
+        scored = b.call(aten.logical_not.default, silent)
         shifted = b.call(aten.sub.Tensor, bias, b.call(aten.detach.default, top))
         bias = b.call(aten.where.self, b.call(aten.le.Scalar, top, BLURRED), shifted, bias)
-    alive = b.call(aten.ne.Scalar, top, -math.inf) if nan else None
+    alive = b.call(aten.ne.Scalar, top, -math.inf) if hollow else None
     if alive is not None:
         bias = b.call(aten.where.ScalarOther, alive, bias, 0.0)
-    answer = EmptyRow.NAN if nan else EmptyRow.IMPOSSIBLE
-    return Dense(mask=_narrow(b, bias, dtype), alive=alive, answer=answer, silent=silent)
+    answer = site.hollow if hollow else EmptyRow.IMPOSSIBLE
+    return Dense(mask=_narrow(b, bias, dtype), alive=alive, answer=answer, scored=scored)
 
 
 def _in_order(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dtype) -> Dense:

@@ -1,6 +1,6 @@
 """The whole pass over one ATen graph, one named stage a line.
 
-    recognize -> choose -> rewrite -> verify -> report
+    recognize -> prove -> choose -> rewrite -> verify -> report
 
 ``capture`` brings graphs here and takes the result back; the ledger entries made here are what every report shows.
 The pass is transactional: it works on a graph that its caller can throw away, a site that fails is taken back whole,
@@ -12,21 +12,26 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import traceback
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch.fx import Graph, Node
 
 from attnpass.choose import Choice, choose
 from attnpass.emit import build
 from attnpass.errors import Refuse, first_line
-from attnpass.graph import State, tensor, where
+from attnpass.graph import Shared, State, tensor, where
+from attnpass.kernels import Kernel
 from attnpass.ledger import Decision, Failure, Miss, Saves
 from attnpass.policy import Policy
+from attnpass.prove import WAIVED, Proved, prove, waive
 from attnpass.reasons import reason
 from attnpass.recognize import Finding, Lost, find
 from attnpass.recognize.purity import Effects
 from attnpass.site import Site
 from attnpass.spelling import spelling_hash
+from attnpass.standin import stand_ins
 from attnpass.verify import checked
 
 
@@ -47,11 +52,26 @@ class Outcome:
     decisions: tuple[Decision, ...] = ()
     misses: tuple[Miss, ...] = ()
     failures: tuple[Failure, ...] = ()
+    notes: tuple[str, ...] = ()
     replacements: tuple[Replacement, ...] = field(default=())
+    relies_on: Mapping[str, frozenset[str]] = field(default_factory=dict)  # of replaced sites: held tensors, by node
 
 
-def run(graph: Graph, *, name: str, policy: Policy, state: State, rewrite: bool = True) -> Outcome:
+def run(
+    graph: Graph,
+    *,
+    name: str,
+    policy: Policy,
+    state: State,
+    rewrite: bool = True,
+    constants: Mapping[str, torch.Tensor] | None = None,
+    held: Mapping[str, torch.Tensor] | None = None,
+    compiled: bool = False,
+) -> Outcome:
     """Run the pass on one graph in place; with rewrite=False only decide.
+
+    `constants` are tensors that are part of the code, by the name of their node; `held` are tensors of the model that
+    hold these values now, and that the caller watches. `compiled`: inductor will compile the graph.
 
     Nested graphs are the caller's: each is a graph of its own here. Dead nodes are left in the graph for the caller to
     erase, because only he knows what else refers to them.
@@ -62,15 +82,26 @@ def run(graph: Graph, *, name: str, policy: Policy, state: State, rewrite: bool 
         misses = tuple(_miss(lost, f"{name}.m{i}", name) for i, lost in enumerate(finding.lost))
         decisions: list[Decision] = []
         pairs: list[tuple[str, Node, Node]] = []
-        for i, site in enumerate(finding.sites):
+        relies_on: dict[str, frozenset[str]] = {}
+        stage = "prove"
+        # all proofs before the first insertion: they speak of the graph as it was found
+        proofs = prove(graph, finding.sites, constants or {}, held or {})
+        if policy.empty_rows == "dont_care":
+            proofs = [waive(proved) for proved in proofs]
+        notes = tuple(
+            f"a bug of attnpass, please report it: {name}, masks: {p.bug}" for p in proofs if p.bug is not None
+        )
+        shared = Shared()
+        for i, proved in enumerate(proofs):
             stage = "choose"
             fuel = None if policy.fuel is None else policy.fuel - sum(d.replaced for d in decisions)
-            choice = choose(site, policy, fuel)
+            choice = choose(proved, policy, fuel, compiled=compiled)
             stage = "rewrite"
-            decision, pair = _carry_out(graph, site, choice, f"{name}.s{i}", name)
+            decision, moved = _carry_out(graph, proved, choice, shared, f"{name}.s{i}", name)
             decisions.append(decision)
-            if pair is not None:
-                pairs.append((decision.id, *pair))
+            pairs += [(decision.id, old, new) for old, new in moved]
+            if moved and proved.held:
+                relies_on[decision.id] = proved.held
         stage = "verify"
         if rewrite:
             for _, old, new in pairs:
@@ -79,15 +110,22 @@ def run(graph: Graph, *, name: str, policy: Policy, state: State, rewrite: bool 
         else:
             _take_back(graph, [new for *_, new in pairs])
             replacements = ()
-        return Outcome(decisions=tuple(decisions), misses=misses, replacements=replacements)
+        return Outcome(
+            decisions=tuple(decisions),
+            misses=misses,
+            notes=notes,
+            replacements=replacements,
+            relies_on=relies_on,
+        )
     except Exception:
         return Outcome(failures=(Failure(graph=name, stage=stage, text=traceback.format_exc()),))
 
 
 def _carry_out(
-    graph: Graph, site: Site, choice: Choice, id_: str, name: str
-) -> tuple[Decision, tuple[Node, Node] | None]:
-    """Build and check the replacement of one site; the graph's uses are not touched yet."""
+    graph: Graph, proved: Proved, choice: Choice, shared: Shared, id_: str, name: str
+) -> tuple[Decision, list[tuple[Node, Node]]]:
+    """Build and check the replacement of one site: what is to be read in place of what. No use is touched yet."""
+    site = proved.site
     decision = Decision(
         id=id_,
         graph=name,
@@ -96,28 +134,42 @@ def _carry_out(
         replaced=False,
         reason=choice.reason,
         verdicts=choice.verdicts,
+        proofs=proved.steps,
     )
-    if choice.kernel is None:
-        return decision, None
-    try:
-        b, fused = build(graph, site, choice.kernel)
+    for kernel in choice.kernels:
         try:
-            fused = checked(b, site.output, fused)
-        except BaseException:
-            b.discard()
-            raise
-    except Refuse as why:
-        return dataclasses.replace(decision, reason=reason(why.code, **why.details)), None
-    except Exception as error:
-        return dataclasses.replace(decision, reason=reason("failed", detail=first_line(error))), None
-    done = dataclasses.replace(
+            moved = _replaced(graph, proved, kernel, shared)
+        except Refuse as why:
+            failed = reason(why.code, **why.details)
+        except Exception as error:
+            failed = reason("failed", detail=first_line(error))
+        else:
+            return _done(decision, site, kernel), moved
+        decision = dataclasses.replace(decision, reason=decision.reason or failed)  # the next best may do
+    return decision, []
+
+
+def _replaced(graph: Graph, proved: Proved, kernel: Kernel, shared: Shared) -> list[tuple[Node, Node]]:
+    """The call of one kernel, built and checked; nothing of it is left where that fails."""
+    b, fused = build(graph, proved, kernel, shared)
+    try:
+        fused = checked(b, proved.site.output, fused)
+        return [*stand_ins(graph, proved.site), (proved.site.output, fused)]
+    except BaseException:
+        b.discard()
+        raise
+
+
+def _done(decision: Decision, site: Site, kernel: Kernel) -> Decision:
+    return dataclasses.replace(
         decision,
         replaced=True,
-        kernel=choice.kernel.name,
-        assumptions=site.assumptions,
+        reason=None,
+        kernel=kernel.name,
+        # what the user has waived himself is no assumption that strict would refuse, but it has to be said
+        assumptions=(*site.assumptions, *((WAIVED,) if site.waived else ())),
         saves=Saves(bytes=_saved(site)),
     )
-    return done, (site.output, fused)
 
 
 def _saved(site: Site) -> int | None:
@@ -137,17 +189,19 @@ def _saved(site: Site) -> int | None:
 
 def _with_dead(graph: Graph, finding: Finding, pairs: list[tuple[str, Node, Node]]) -> tuple[Replacement, ...]:
     """What each replacement has made superfluous: alive before, not needed now."""
-    if not pairs:
-        return ()
     after = Effects(graph)
     still = after.live()
+    # of masks that were dropped or computed anew not even the stand-ins are needed
+    pairs = sorted((pair for pair in pairs if pair[2] in still), key=lambda pair: after.position[pair[1]])
+    if not pairs:
+        return ()
     ends = [after.position[old] for _, old, _ in pairs]
     dead: list[list[Node]] = [[] for _ in pairs]
     gone: set[Node] = set()
     for node in graph.nodes:
         # what was never needed goes along where it reads something that goes (checks, unused averages)
         idle = any(arg in gone for arg in node.all_input_nodes)
-        if node not in still and (node in finding.live or idle):
+        if node not in still and (node in finding.live or idle or node.meta.get("attnpass_made")):
             gone.add(node)
             # it died with the first site that ends behind it
             dead[min(bisect.bisect_left(ends, after.position[node]), len(ends) - 1)].append(node)

@@ -93,7 +93,7 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "two_score_tensors": Entry(
         _R,
-        "the scores are a sum or a choice of two products",
+        "the scores are a sum, a choice or a concatenation of two products",
         "Content plus position products, for example: only one may be the query-key product; "
         "the other would have to be computed densely as a bias.",
     ),
@@ -183,6 +183,16 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "wide_heads": Entry(_K, "{detail}", "Choose another kernel."),
     "grad": Entry(_K, "has no backward {detail}", "In evaluation, under no_grad, it can serve."),
+    "not_compiled": Entry(
+        _K,
+        "is fused only where inductor compiles the graph",
+        "Use torch.compile(model, backend='attnpass') with inductor behind it, as it is by default.",
+    ),
+    "not_expressed": Entry(
+        _K,
+        "takes masks and biases as functions, and these are not proved to be any",
+        "A mask built from positions, lengths or ids is; a tensor of unknown numbers is not.",
+    ),
     "kernel_bug": Entry(_K, "known bug: {detail}", "Avoided until it is fixed."),
     # --- decision: the site is understood, but was left as it is ----------------------------------------------------
     "no_kernel": Entry(_D, "no kernel computes this function here: {detail}", "The verdicts list every reason."),
@@ -201,11 +211,16 @@ CATALOGUE: dict[str, Entry] = {
         "masked scores are filled with {fill}, which ordinary scores may outweigh",
         "Fill with -inf or torch.finfo(dtype).min to have this mask treated as a mask.",
     ),
+    "mask_disagrees": Entry(
+        _D,
+        "what was proved of the mask is not what the graph computes: {detail}",
+        "A bug of attnpass, please report it. The site is left as it is.",
+    ),
     "strict": Entry(_D, "strict mode does not allow: {detail}", "Allow it by strict=False."),
     "already_fused": Entry(
         _D,
         "it is a scaled_dot_product_attention call already",
-        "Nothing to replace.",
+        "Nothing to gain: its mask cannot be left out, and no heads of k and v are repeated for it.",
     ),
     "not_profitable": Entry(_D, "the graph as it is is expected to be as fast", "Set min_gain lower to force it."),
     "kept": Entry(_D, "the policy keeps this site as it is", "Change the rule for this site."),

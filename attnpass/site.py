@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from attnpass.graph import State
 from attnpass.reasons import Reason
-from attnpass.spec import AttentionSpec
+from attnpass.spec import AttentionSpec, EmptyRow
 
 Atom = int
 Dim = tuple[Atom, ...]
@@ -116,18 +116,53 @@ class Site:
     layers: tuple[Layer, ...]  # outermost first, as they were met from the softmax inwards
     in_order: bool = False  # the layers have to be evaluated one after the other, as the original does
     floored: bool = False  # the original clamps its scores at the lowest finite number
+    hollow: EmptyRow = EmptyRow.NAN  # what the original's softmax makes of a row of -inf
+    causal: bool = False  # an existing call says so by itself: j <= i, counted from the start of both
     softcap: float | None
     sink: Placed | None
     dropout: float | Node  # live probability; 0.0 in evaluation
     spec: AttentionSpec
     region: tuple[Node, ...]  # everything between q, k, v and output, in graph order
+    form_readers: tuple[Node, ...] = ()  # nodes outside that read the shape, dtype or device of scores and no more
     other_readers: tuple[Node, ...] = ()  # nodes outside that read scores or probabilities
     state: State = field(default_factory=State)
     output_written: bool = False  # something later writes into the output in place
     assumptions: tuple[str, ...] = ()
     obstacles: tuple[Reason, ...] = ()  # why no kernel whatever may replace it
+    waived: bool = False  # the user does not care what a query without any key gets
     existing_call: bool = False  # the anchor is a scaled_dot_product_attention call
     trail: tuple[str, ...] = field(default=())
+
+    @property
+    def rows(self) -> EmptyRow:
+        """What has to be answered where a query has no key: spec.empty_rows, unless that is waived."""
+        return EmptyRow.IMPOSSIBLE if self.waived else self.spec.empty_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLists:
+    """Which blocks of queries and keys are computed, as torch lists them: int32, how many of each row and which.
+
+    `part` apply the mask's function, `full` do without it; `rows` go by query blocks over (batch, 1, query blocks, key
+    blocks), `columns` by key blocks, for a backward.
+    """
+
+    size: int
+    part_rows: tuple[Node, Node]
+    full_rows: tuple[Node, Node] | None
+    part_columns: tuple[Node, Node]
+    full_columns: tuple[Node, Node] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Functions:
+    """A mask and what is done to scores, as functions of one score and its index: nodes that yield graph modules."""
+
+    score: Node  # (score, b, h, i, j, *score_reads) -> score, after the scale and before the mask
+    score_reads: tuple[Node, ...]
+    keep: Node  # (b, h, i, j, *keep_reads) -> bool
+    keep_reads: tuple[Node, ...]
+    blocks: BlockLists | None  # None: nothing is masked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +173,9 @@ class Call:
     k: Node  # heads not repeated: groups query heads share one
     v: Node
     mask: Node | None  # None, a bool keep-mask, or an additive float bias, broadcastable to (batch, heads, q, k)
+    causal: bool  # query i sees the keys up to i; then there is no mask besides
     scale: float | Node
     dropout: float
     groups: int
     spec: AttentionSpec
+    functions: Functions | None = None  # for a kernel that takes them: they are the mask, the biases and the soft cap

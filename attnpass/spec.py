@@ -99,3 +99,8 @@ class AttentionSpec:
     @property
     def masked(self) -> bool:
         return not self.mask.empty
+
+
+def is_causal(spec: AttentionSpec) -> bool:
+    """The mask is j <= i and nothing else, which most kernels know by a flag."""
+    return spec.mask == MaskSpec(causal=0) and not spec.bias

@@ -1,9 +1,10 @@
 """Unmodified models on a GPU: eager attention through inductor, through attnpass, and what the library ships (sdpa).
 
-    python -m benchmarks.gpu [--only NAME] [--json FILE]
+    python -m benchmarks.gpu [--only NAME ...] [--train] [--json FILE]
 
-Times are medians of CUDA events around one forward call in bfloat16, memory is the peak above what the model itself
-holds, errors are relative to the same model in float32. All three forms of a model are measured in one process.
+Times are medians of CUDA events around one forward call in bfloat16 (with --train: forward and backward), memory is the
+peak above what the model itself holds, errors are relative to the same model in float32. All forms of a model are
+measured in one process.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ class Row:
     model: str
     attention: str
     compiler: str
+    train: bool
     ms: float
     mib: float
     error: float
-    replaced: int | None = None
+    replaced: str
 
 
 def tokens(batch: int, length: int) -> torch.Tensor:
@@ -58,6 +60,40 @@ def llama(attention: str) -> nn.Module:
         num_hidden_layers=4,
         num_attention_heads=32,
         num_key_value_heads=8,
+        use_cache=False,
+    )
+    return AutoModel.from_config(config, attn_implementation=attention)
+
+
+def mistral(attention: str) -> nn.Module:
+    from transformers import AutoModel, MistralConfig
+
+    config = MistralConfig(
+        vocab_size=1000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        sliding_window=1024,
+        use_cache=False,
+    )
+    return AutoModel.from_config(config, attn_implementation=attention)
+
+
+def gemma2(attention: str) -> nn.Module:
+    from transformers import AutoModel, Gemma2Config
+
+    config = Gemma2Config(
+        vocab_size=1000,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=256,
+        sliding_window=1024,
         use_cache=False,
     )
     return AutoModel.from_config(config, attn_implementation=attention)
@@ -89,11 +125,13 @@ def t5(attention: str) -> nn.Module:
 MODELS: dict[str, tuple[Callable[[str], nn.Module], Callable[[], Inputs]]] = {
     "llama_prefill4k": (llama, lambda: {"input_ids": tokens(2, 4096)}),
     "llama_padded": (llama, lambda: {"input_ids": tokens(4, 2048), "attention_mask": right_padded(4, 2048)}),
+    "mistral_sw_8k": (mistral, lambda: {"input_ids": tokens(1, 8192)}),
+    "gemma2_4k": (gemma2, lambda: {"input_ids": tokens(2, 4096)}),
     "bert_large_512_pad": (bert, lambda: {"input_ids": tokens(32, 512), "attention_mask": right_padded(32, 512)}),
     "gpt2_1k": (gpt2, lambda: {"input_ids": tokens(8, 1024)}),
     "t5_512": (t5, lambda: {"input_ids": tokens(16, 512)}),
 }
-FORMS = (("eager", "inductor"), ("eager", "attnpass"), ("sdpa", "inductor"))
+FORMS = (("eager", "inductor"), ("eager", "attnpass"), ("sdpa", "inductor"), ("sdpa", "attnpass"))
 
 
 def measured(call: Callable[[], Any]) -> tuple[float, float]:
@@ -114,7 +152,7 @@ def measured(call: Callable[[], Any]) -> tuple[float, float]:
     return sorted(times)[len(times) // 2], (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def rows(name: str) -> list[Row]:
+def rows(name: str, *, train: bool) -> list[Row]:
     """All forms of one model."""
     import attnpass
     from attnpass.capture.dynamo import backend
@@ -128,22 +166,34 @@ def rows(name: str) -> list[Row]:
         torch._dynamo.reset()
         attnpass.reset()
         model = build(attention).cuda().eval()
-        with torch.no_grad():
-            if true is None:
+        if true is None:
+            with torch.no_grad():
                 true = model(**inputs).last_hidden_state
-            model = model.bfloat16()
-            compiled = torch.compile(model, backend=backend if compiler == "attnpass" else "inductor")
-            result = compiled(**inputs).last_hidden_state.float()
-            ms, mib = measured(lambda compiled=compiled: compiled(**inputs))
-        error = ((result - true).norm() / true.norm()).item()
-        replaced = attnpass.report().replaced if compiler == "attnpass" else None
-        out.append(Row(name, attention, compiler, ms, mib, error, replaced))
+        for parameter in model.parameters():  # rotary frequencies stay what a loaded model has: float32
+            parameter.data = parameter.data.bfloat16()
+        compiled = torch.compile(model, backend=backend if compiler == "attnpass" else "inductor")
+
+        def step(model: nn.Module = model, compiled: Any = compiled) -> torch.Tensor:
+            with torch.set_grad_enabled(train):
+                result: torch.Tensor = compiled(**inputs).last_hidden_state
+                if train:
+                    model.zero_grad()
+                    result.square().mean().backward()
+            return result.detach().float()
+
+        error = ((step() - true).norm() / true.norm()).item()
+        ms, mib = measured(step)
+        report = attnpass.report()
+        kernels = sorted({site.kernel for site in report.sites if site.kernel})
+        replaced = f"{report.replaced} replaced by {', '.join(kernels)}" if compiler == "attnpass" else ""
+        out.append(Row(name, attention, compiler, train, ms, mib, error, replaced))
     return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--only", choices=sorted(MODELS))
+    parser.add_argument("--only", action="append", choices=sorted(MODELS), help="only this model (may be repeated)")
+    parser.add_argument("--train", action="store_true", help="a forward and a backward pass")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     if not torch.cuda.is_available():
@@ -151,13 +201,12 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     found: list[Row] = []
-    for name in [asked.only] if asked.only else MODELS:
-        for row in rows(name):
+    for name in asked.only or MODELS:
+        for row in rows(name, train=asked.train):
             found.append(row)
-            replaced = "" if row.replaced is None else f"{row.replaced} replaced"
             print(
                 f"{row.model:20} {row.attention:6} {row.compiler:9} {row.ms:7.2f} ms {row.mib:6.0f} MiB "
-                f"error {row.error:.1e}  {replaced}",
+                f"error {row.error:.1e}  {row.replaced}",
                 flush=True,
             )
     if asked.json:

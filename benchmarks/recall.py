@@ -1,7 +1,8 @@
 """How much of the attention in real models is found, and how much of it replaced, beside inductor's own matcher.
 
-    python -m benchmarks.recall --suite transformers [--suite timm ...] [--only NAME] [--limit N] [--inductor]
-                                [--front dynamo|export] [--json FILE] [--write] [--expected]
+    python -m benchmarks.recall --suite transformers [--suite timm ...] [--only NAME] [--limit N]
+                                [--inductor | --inductor-from FILE] [--front dynamo|export]
+                                [--json FILE] [--write] [--expected]
 
 Every model is built from a tiny random configuration (tests/models) and runs in a worker process: a model that fails,
 hangs or crashes is a line in the table, not the end of the run. `there` is counted by an oracle that does not know the
@@ -109,6 +110,13 @@ def measure(suites: list[str], arguments: argparse.Namespace) -> list[Result]:
     finally:
         worker.stop()
     return results
+
+
+def take_inductor(results: list[Result], file: Path) -> None:
+    """Inductor's matches, which no change of this package changes."""
+    known = {(r["suite"], r["name"]): r["inductor"] for r in json.loads(file.read_text())}
+    for result in results:
+        result.inductor = known.get((result.suite, result.name))
 
 
 def line(result: Result) -> str:
@@ -275,6 +283,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N models of each suite")
     parser.add_argument("--front", choices=("dynamo", "export"), default="dynamo")
     parser.add_argument("--inductor", action="store_true", help="count inductor's own matches too")
+    parser.add_argument(
+        "--inductor-from", type=Path, metavar="FILE", help="take inductor's matches from an earlier run's --json"
+    )
     parser.add_argument("--timeout", type=float, default=180.0, metavar="SECONDS", help="for each model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--write", action="store_true", help="write docs/recall.md")
@@ -282,6 +293,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     suites = arguments.suite or list(SUITES)
     results = measure(suites, arguments)
+    if arguments.inductor_from:
+        take_inductor(results, arguments.inductor_from)
     show(suites, results)
     if arguments.write:
         command = shlex.join(["python", "-m", "benchmarks.recall", *(sys.argv[1:] if argv is None else argv)])

@@ -271,7 +271,7 @@ def test_the_pass_adds_no_guard_on_sizes() -> None:
         env = lower.shape_env(gm.graph)
         assert env is not None
         before = list(env.guards), dict(env.replacements)
-        report = frames.process(gm, inputs, name="graph", policy=attnpass.Policy(), rewrite=True)
+        report = frames.process(gm, inputs, name="graph", policy=attnpass.Policy(), rewrite=True).report
         assert (list(env.guards), dict(env.replacements)) == before
         seen.append((report.replaced, len(report.sites)))
         return gm.forward

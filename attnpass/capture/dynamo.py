@@ -7,6 +7,7 @@
 
 The pass works on the graph that Dynamo hands over and then calls the inner backend with it, changed or not: nothing
 that goes wrong in the pass stops a compilation (it is in the report), and whatever the inner backend raises is raised.
+Where a proof relies on what a buffer holds, two graphs stand behind one check (:mod:`attnpass.capture.held`).
 Only wrong options are errors of ours, because they are the user's to mend.
 """
 
@@ -23,6 +24,7 @@ import torch
 from torch.fx import GraphModule
 
 from attnpass.capture import frames
+from attnpass.capture.held import Later, guarded
 from attnpass.capture.observe import audit_callable
 from attnpass.errors import AttnpassError
 from attnpass.policy import Policy
@@ -45,11 +47,17 @@ def backend(
 
     setup = Setup.of(mode, options)
     number = session.reserve()
-    report = frames.process(gm, example_inputs, name=f"graph{number}", policy=setup.policy, rewrite=True)
-    session.record(number, report)
+    done = frames.process(
+        gm, example_inputs, name=f"graph{number}", policy=setup.policy, rewrite=True, compiled=setup.compiled
+    )
+    session.record(number, done.report)
     with contextlib.suppress(Exception):  # a trace that cannot be written is no reason not to compile
-        trace(report)
-    return setup.inner(gm, example_inputs)
+        trace(done.report)
+    other = done.other
+    if other is None:
+        return setup.inner(gm, example_inputs)
+    later = Later(other, example_inputs, setup.inner)
+    return guarded(setup.inner(gm, example_inputs), later, other.relied)
 
 
 def _reset() -> None:
@@ -70,6 +78,7 @@ class Setup:
 
     policy: Policy
     inner: Inner
+    compiled: bool  # the inner backend is inductor
 
     @classmethod
     def of(cls, mode: str | None, options: Mapping[str, Any] | None) -> Setup:
@@ -79,7 +88,7 @@ class Setup:
             if name not in known:
                 raise AttnpassError(f"unknown option {name!r}{_hint(str(name), known)}")
         inner, patches = given.pop("inner", "inductor"), given.pop("inductor", None)
-        return cls(Policy.from_options(given), _inner(inner, patches, mode))
+        return cls(Policy.from_options(given), _inner(inner, patches, mode), inner == "inductor")
 
 
 def _inner(inner: Any, patches: Any, mode: str | None) -> Inner:

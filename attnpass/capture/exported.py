@@ -27,12 +27,17 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnpass import pipeline
 from attnpass.capture import aten
+from attnpass.capture.held import Held, relying
 from attnpass.errors import AttnpassError, first_line
-from attnpass.graph import State, fake_mode_of, mark_gradients
+from attnpass.graph import State, fake_mode_of
 from attnpass.ledger import Decision, Failure, Report
+from attnpass.masks.content import forget
+from attnpass.masks.writes import Writes
 from attnpass.pipeline import Outcome, Replacement
 from attnpass.policy import Policy
 from attnpass.reasons import Reason, reason
+from attnpass.recognize.gradients import mark_gradients
+from attnpass.recognize.purity import Effects
 
 Program = TypeVar("Program", ExportedProgram, GraphModule)
 
@@ -70,6 +75,7 @@ def audit(
     """What `rewrite` would do, and why; nothing is changed."""
     job = _Job(policy or Policy(), rewrite=False)
     if isinstance(program, ExportedProgram):
+        job.constants, job.buffers = _constants(program), _buffers(program)
         job.process(program.graph_module, "program", State())
     else:
         job.process(_prepared(program, example_inputs), "graph", State())
@@ -90,7 +96,7 @@ def _prepared(program: GraphModule, example_inputs: Sequence[Any] | None) -> Gra
 
 def _rewrite_program(program: ExportedProgram, job: _Job) -> tuple[ExportedProgram, Report]:
     job.named = frozenset(_names_kept(program))
-    job.numbers = _numbers(program)
+    job.constants, job.buffers = _constants(program), _buffers(program)
     gm = job.process(program.graph_module, "program", State())
     try:
         new = _with_graph(program, gm)
@@ -108,18 +114,32 @@ def _with_graph(program: ExportedProgram, gm: GraphModule) -> ExportedProgram:
         return program._update(gm, copy.deepcopy(program.graph_signature))
 
 
-def _numbers(program: ExportedProgram) -> dict[str, float]:
-    """Scalar literals (``torch.tensor(1e-4)`` in the code) that export lifted into constant inputs.
+def _constants(program: ExportedProgram) -> dict[str, torch.Tensor]:
+    """Literals (``torch.tensor(1e-4)`` in the code) that export lifted into constant inputs.
 
     Unlike buffers they are no state of the model: nothing outside the program holds them.
     """
     lifted = program.graph_signature.inputs_to_lifted_tensor_constants
     found = {name: program.constants.get(target) for name, target in lifted.items()}
+    return {name: tensor for name, tensor in found.items() if isinstance(tensor, torch.Tensor)}
+
+
+def _buffers(program: ExportedProgram) -> dict[str, Held]:
+    """What the program's buffers hold now, without those that are written after each call."""
+    signature = program.graph_signature
+    written = set(signature.buffers_to_mutate.values())
+    values = {**program.constants, **program.state_dict}
+    found = {name: (target, values.get(target)) for name, target in signature.inputs_to_buffers.items()}
     return {
-        name: float(tensor.item())
-        for name, tensor in found.items()
-        if isinstance(tensor, torch.Tensor) and tensor.numel() == 1 and not tensor.is_complex()
+        name: Held(target, tensor)
+        for name, (target, tensor) in found.items()
+        if isinstance(tensor, torch.Tensor) and target not in written
     }
+
+
+def _number(tensor: torch.Tensor | None) -> float | None:
+    plain = tensor is not None and tensor.numel() == 1 and not tensor.is_complex()
+    return float(tensor.item()) if plain and tensor is not None else None
 
 
 def _names_kept(program: ExportedProgram) -> Iterable[str]:
@@ -143,7 +163,8 @@ class _Job:
     policy: Policy
     rewrite: bool
     named: frozenset[str] = frozenset()  # nodes of the top graph that signatures name
-    numbers: dict[str, float] = field(default_factory=dict)  # inputs of the top graph that are literals of the code
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)  # inputs of the top graph: literals of the code
+    buffers: dict[str, Held] = field(default_factory=dict)  # ... and buffers of the model
     outcomes: list[Outcome] = field(default_factory=list)
 
     def process(
@@ -159,10 +180,12 @@ class _Job:
             aten.mark_inputs(candidate)
         if "." not in name:
             for node in candidate.nodes:
-                if node.op == "placeholder" and node.name in self.numbers:
-                    node.meta["attnpass_constant"] = self.numbers[node.name]
-        mark_gradients(candidate, state)
-        flows = {node.name for node in candidate.nodes if node.meta["attnpass_grad"]}
+                number = _number(self.constants.get(node.name)) if node.op == "placeholder" else None
+                if number is not None:
+                    node.meta["attnpass_constant"] = number
+        # read from the original: a fused site never holds a call of a body
+        bodies = list(aten.bodies(gm, state))
+        flows = _flowing(candidate, state) if bodies else frozenset()
         outcome = self._run(candidate, name, state, rewrite=self.rewrite and settled)
         if not settled:
             outcome = _undone(outcome, reason("mixed_state"))
@@ -171,8 +194,7 @@ class _Job:
         aten.unmark(candidate)
         self.outcomes.append(outcome)
         new = aten.clone(gm, candidate)
-        # read from the original: a fused site never holds a call of a body
-        for body in aten.bodies(gm, state):
+        for body in bodies:
             inner = self.process(
                 body.module,
                 f"{name}.{body.path}",
@@ -188,7 +210,18 @@ class _Job:
         guards = _Guards.of(graph)
         outcome = Outcome()
         try:
-            outcome = pipeline.run(graph, name=name, policy=self.policy, state=state, rewrite=rewrite)
+            constants = {} if "." in name else self.constants
+            held = {} if "." in name else self._trusted(graph)
+            outcome = pipeline.run(
+                graph,
+                name=name,
+                policy=self.policy,
+                state=state,
+                rewrite=rewrite,
+                constants=constants,
+                held={node: one.tensor for node, one in held.items()},
+            )
+            outcome, _ = relying(outcome, held, checked=False)
             sweep(graph, outcome.replacements, self.named if "." not in name else frozenset())
             graph.lint()
             guards.check()
@@ -198,6 +231,15 @@ class _Job:
             outcome = _undone(outcome, reason("failed", detail=text))
             outcome = dataclasses.replace(outcome, failures=(*outcome.failures, failure))
         return outcome
+
+    def _trusted(self, graph: Graph) -> dict[str, Held]:
+        """Nobody will look at the buffers of a program again, so their content is an assumption, made on request."""
+        if not self.policy.trust_buffers or self.policy.strict:
+            return {}
+        forget()
+        writes = Writes(graph)
+        written = {node.name for node in graph.nodes if node.op == "placeholder" and writes.to(node)}
+        return {name: held for name, held in self.buffers.items() if name not in written}
 
     def report(self, *, undone: str | None = None) -> Report:
         outcomes = self.outcomes
@@ -210,7 +252,14 @@ class _Job:
             sites=tuple(site for outcome in outcomes for site in outcome.decisions),
             misses=tuple(miss for outcome in outcomes for miss in outcome.misses),
             failures=tuple(failures),
+            notes=tuple(note for outcome in outcomes for note in outcome.notes),
         )
+
+
+def _flowing(graph: Graph, state: State) -> frozenset[str]:
+    """The nodes that gradients may flow back through."""
+    mark_gradients(graph, state, Effects(graph))
+    return frozenset(node.name for node in graph.nodes if node.meta["attnpass_grad"])
 
 
 def sweep(graph: Graph, replacements: Sequence[Replacement], named: frozenset[str] = frozenset()) -> None:

@@ -25,8 +25,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from attnpass import pipeline
 from attnpass.capture import aten
 from attnpass.capture.calls import is_softmax, worth_lowering
+from attnpass.capture.held import Held, Other, candidates, relying
 from attnpass.capture.lower import Shadow, lower
-from attnpass.capture.splice import splice
+from attnpass.capture.splice import attach, copied, splice
 from attnpass.capture.template import guards_known, no_new_guards
 from attnpass.capture.values import shape_env
 from attnpass.errors import first_line
@@ -64,18 +65,38 @@ def ambient() -> State:
     return State(autocast=autocast, grad=torch.is_grad_enabled(), functorch=levels)
 
 
-def process(gm: GraphModule, example_inputs: Sequence[Any], *, name: str, policy: Policy, rewrite: bool) -> Report:
-    """Rewrite a Dynamo graph in place (or only decide), and say what became of each softmax."""
-    frame = _Frame(policy=policy, rewrite=rewrite)
+def process(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    name: str,
+    policy: Policy,
+    rewrite: bool,
+    compiled: bool = False,
+) -> Processed:
+    """Rewrite a Dynamo graph in place (or only decide), and say what became of each softmax; `compiled`: inductor
+    will compile it.
+    """
+    frame = _Frame(policy=policy, rewrite=rewrite, compiled=compiled)
     try:
         # fake tensors made in inference mode could not stand for ordinary ones
         state = ambient()
         with torch.inference_mode(False), torch.set_grad_enabled(state.grad), _without_collecting():
             frame.visit(gm, name, state, example_inputs)
+        other = frame.other()
         frame.commit()
     except Exception as error:
+        other = None
         frame.take_back(name, "commit", error)
-    return frame.report()
+    return Processed(frame.report(), other)
+
+
+@dataclass(frozen=True)
+class Processed:
+    """What became of a graph, and what to run in its place while buffers do not hold what was proved of them."""
+
+    report: Report
+    other: Other | None
 
 
 @contextlib.contextmanager
@@ -94,9 +115,12 @@ def _without_collecting() -> Iterator[None]:
 class _Frame:
     policy: Policy
     rewrite: bool
+    compiled: bool
     outcomes: list[Outcome] = field(default_factory=list)
     changed: list[tuple[GraphModule, Graph]] = field(default_factory=list)
     seen: set[GraphModule] = field(default_factory=set)
+    relied: tuple[Held, ...] = ()  # by the graph that was visited first: inputs of those inside it are not known
+    unproved: tuple[GraphModule, Graph] | None = None  # that graph as it is without relying on anything
 
     def visit(
         self,
@@ -135,7 +159,32 @@ class _Frame:
     def _run(
         self, gm: GraphModule, name: str, state: State, example_inputs: Sequence[Any], *, grad: bool, rewrite: bool
     ) -> Outcome:
+        outcome, graph, relied = self._pass(gm, name, state, example_inputs, grad=grad, rewrite=rewrite)
+        if graph is not None and relied:
+            _, plain, _ = self._pass(gm, name, state, example_inputs, grad=grad, rewrite=rewrite, look=False)
+            self.relied, self.unproved = relied, (gm, plain or copied(gm.graph))
+        if graph is not None:
+            self.changed.append((gm, graph))
+        return outcome
+
+    def _pass(
+        self,
+        gm: GraphModule,
+        name: str,
+        state: State,
+        example_inputs: Sequence[Any],
+        *,
+        grad: bool,
+        rewrite: bool,
+        look: bool = True,
+    ) -> tuple[Outcome, Graph | None, tuple[Held, ...]]:
+        """What to replace, the graph with it (where there is anything), and the buffers that this relies on.
+
+        `look`: into the buffers that the model holds.
+        """
         outcome = Outcome()
+        graph: Graph | None = None
+        relied: tuple[Held, ...] = ()
         stage = "lower"
         try:
             env = shape_env(gm.graph)
@@ -145,12 +194,23 @@ class _Frame:
             if grad:
                 aten.mark_inputs(shadow.graph)
             stage = "recognize"
+            held = candidates(gm, example_inputs, shadow) if look else {}
+            tensors = {node: one.tensor for node, one in held.items()}
             with no_new_guards(env):
-                outcome = pipeline.run(shadow.graph, name=name, policy=self.policy, state=state, rewrite=rewrite)
+                outcome = pipeline.run(
+                    shadow.graph,
+                    name=name,
+                    policy=self.policy,
+                    state=state,
+                    rewrite=rewrite,
+                    held=tensors,
+                    compiled=self.compiled,
+                )
+            outcome, relied = relying(outcome, held, checked=True)
             outcome = _with_lost(gm, name, shadow, outcome)
             stage = "splice"
             if outcome.replacements:
-                self.changed.append((gm, splice(gm.graph, shadow, outcome.replacements)))
+                graph = splice(gm.graph, shadow, outcome.replacements)
             if _assumed(env) != assumed:
                 raise RuntimeError("the rewrite would hold only under new conditions on sizes")
         except Exception as error:
@@ -160,15 +220,24 @@ class _Frame:
                 outcome = _all_missed(gm, name, text)
             else:
                 outcome = undone(outcome, reason("failed", detail=text))
-            self.changed = [change for change in self.changed if change[0] is not gm]
-            outcome = dataclasses.replace(outcome, failures=(*outcome.failures, failure))
-        return outcome
+            return dataclasses.replace(outcome, failures=(*outcome.failures, failure)), None, ()
+        return outcome, graph, relied
+
+    def other(self) -> Other | None:
+        """The graph that relies on no buffer, as a module of its own; before the first one changes."""
+        if self.unproved is None:
+            return None
+        gm, graph = self.unproved
+        clone = aten.clone(gm, graph)
+        attach(clone, graph)
+        return Other(self.relied, clone, aten.clone(gm, copied(gm.graph)))
 
     def commit(self) -> None:
         """All graphs change, or none."""
         before = [(gm, gm.graph) for gm, _ in self.changed]
         try:
             for gm, graph in self.changed:
+                attach(gm, graph)
                 gm.graph = graph  # compiles it, too
         except BaseException:
             for gm, graph in before:
@@ -186,6 +255,7 @@ class _Frame:
             sites=tuple(site for outcome in self.outcomes for site in outcome.decisions),
             misses=tuple(miss for outcome in self.outcomes for miss in outcome.misses),
             failures=tuple(failure for outcome in self.outcomes for failure in outcome.failures),
+            notes=tuple(note for outcome in self.outcomes for note in outcome.notes),
         )
 
 

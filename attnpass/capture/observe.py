@@ -57,7 +57,9 @@ def audit_callable(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any], poli
 
     def observer(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         name = f"graph{len(reports)}"
-        reports.append(frames.process(gm, example_inputs, name=name, policy=policy, rewrite=False))
+        reports.append(
+            frames.process(gm, example_inputs, name=name, policy=policy, rewrite=False, compiled=True).report
+        )
         return gm.forward
 
     original = _innermost(fn)

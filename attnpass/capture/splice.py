@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
 from attnpass.capture.aten import copy_graph
@@ -29,6 +29,8 @@ from attnpass.capture.lower import Shadow
 from attnpass.graph import State, value
 from attnpass.pipeline import Replacement
 
+_FUNCTION = "attnpass_function"  # the meta of a node that yields a function: what nobody but the node has yet
+
 
 class Unspliceable(Exception):
     """The replacements cannot be expressed in this Dynamo graph; the text says why."""
@@ -36,16 +38,29 @@ class Unspliceable(Exception):
 
 def splice(original: Graph, shadow: Shadow, replacements: Sequence[Replacement]) -> Graph:
     """A copy of the Dynamo graph that the shadow was made from, with the replacements written into it."""
-    graph = copy_graph(original)
+    graph = copied(original)
     twin = dict(zip(original.nodes, graph.nodes, strict=True))
-    for node, copied in twin.items():
-        for key, held in vars(node).items():
-            if key not in vars(copied):
-                setattr(copied, key, held)  # Dynamo notes on the node itself where an input comes from
     _Splice(shadow, replacements, graph, twin).run()
     graph.lint()
     graph.python_code("self")  # what cannot be written out as code fails here, not when it is put in place
     return graph
+
+
+def copied(original: Graph) -> Graph:
+    """A copy of a Dynamo graph, with what Dynamo notes on the nodes themselves: where an input comes from."""
+    graph = copy_graph(original)
+    for node, twin in zip(original.nodes, graph.nodes, strict=True):
+        for key, held in vars(node).items():
+            if key not in vars(twin):
+                setattr(twin, key, held)
+    return graph
+
+
+def attach(gm: GraphModule, graph: Graph) -> None:
+    """Give a graph module the functions that calls of its new graph take as arguments."""
+    for node in graph.nodes:
+        if _FUNCTION in node.meta:
+            gm.add_module(str(node.target), node.meta[_FUNCTION])
 
 
 class _Splice:
@@ -125,6 +140,9 @@ class _Splice:
             raise Unspliceable("a new operation stands behind the output")
 
     def _emit(self, node: Node, before: Node, owner: Node) -> None:
+        if node.op == "get_attr":
+            self.here[node] = self._function(node, before)
+            return
         args, kwargs = map_arg((node.args, node.kwargs), lambda arg: self._in_copy(arg, before))
         assert callable(node.target)
         with self.graph.inserting_before(before):
@@ -134,6 +152,13 @@ class _Splice:
                 made.meta[key] = node.meta[key]
         made.meta["example_value"] = self._example(value(node), made, self.shadow.states[owner])
         self.here[node] = made
+
+    def _function(self, node: Node, before: Node) -> Node:
+        name = f"{node.target}_{sum(_FUNCTION in one.meta for one in self.graph.nodes)}"
+        with self.graph.inserting_before(before):
+            made = self.graph.create_node("get_attr", name)
+        made.meta[_FUNCTION] = made.meta["example_value"] = value(node)
+        return made
 
     def _in_copy(self, node: Node, before: Node) -> Any:
         """The node of the copy that yields what this shadow node yields."""

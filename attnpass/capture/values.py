@@ -29,12 +29,15 @@ def shape_env(graph: Graph) -> ShapeEnv | None:
 
 def settled(number: Any) -> Any:
     """A symbolic number whose value the guards have settled is that value."""
-    if isinstance(number, Number):
-        symbolic = number.node
-        for settled in (symbolic.maybe_as_int(), symbolic.maybe_as_float(), symbolic.maybe_as_bool()):
-            if settled is not None:
-                return settled
-    return number
+    if not isinstance(number, Number):
+        return number
+    # each asked for what it is: as an integer, a settled 0.25 would be 0
+    symbolic = number.node
+    if isinstance(number, torch.SymInt):
+        value = symbolic.maybe_as_int()
+    else:
+        value = symbolic.maybe_as_float() if isinstance(number, torch.SymFloat) else symbolic.maybe_as_bool()
+    return number if value is None else value
 
 
 def operands(tree: Any, shadow: Any = None) -> Iterator[Any]:

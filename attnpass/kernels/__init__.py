@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from attnpass.errors import AttnpassError
 from attnpass.kernels.base import Capabilities, Kernel
+from attnpass.kernels.flex import Flex
 from attnpass.kernels.native import Native
 
 __all__ = ["Capabilities", "Kernel", "kernels", "register_kernel", "unregister_kernel"]
 
-_registered: list[Kernel] = [Native()]
+_registered: list[Kernel] = [Native(), Flex()]
 
 
 def kernels() -> tuple[Kernel, ...]:

@@ -13,13 +13,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 from torch.fx import Node
 
 from attnpass.graph import Builder
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call
-from attnpass.spec import AttentionSpec
+from attnpass.spec import AttentionSpec, is_causal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ class Capabilities:
     width_multiple: int = 1
     unlike_widths: bool = False
     groups: bool = False
+    causal: bool = False  # by a flag, without a tensor
     dense_mask: bool = False
     bias_gradient: bool = False
     softcap: bool = False
@@ -45,6 +47,7 @@ class Kernel(ABC):
 
     name: str
     can: Capabilities
+    takes: Literal["tensor", "functions"] = "tensor"  # what mask and biases are given as
 
     def available(self) -> Reason | None:
         """None when it can run here, else what is missing and what to install."""
@@ -71,7 +74,8 @@ class Kernel(ABC):
             yield reason("unlike_widths")
         if spec.groups > 1 and not can.groups:
             yield reason("groups")
-        if (spec.mask.dense or spec.bias) and not can.dense_mask:
+        masked = not spec.mask.empty and not (can.causal and is_causal(spec))
+        if (masked or spec.bias) and not can.dense_mask:
             yield reason("dense_mask")
         if any(bias.grad for bias in spec.bias) and not can.bias_gradient:
             yield reason("bias_gradient")
@@ -90,6 +94,14 @@ class Kernel(ABC):
         """The dtype that operands and bias are cast to before the call; never narrower than the spec's."""
         return spec.dtype
 
+    def shares_heads(self, spec: AttentionSpec) -> bool:
+        """Heads of k and v that several query heads share are read once, not copied first."""
+        return self.can.groups
+
+    def gives_lse(self, spec: AttentionSpec) -> bool:
+        """It can return the log-sum-exp of the scores, from which a sink or a row without a key is answered."""
+        return False
+
     def cost(self, spec: AttentionSpec) -> float | None:
         """Expected microseconds of one forward call."""
         return None
@@ -97,3 +109,9 @@ class Kernel(ABC):
     @abstractmethod
     def emit(self, b: Builder, call: Call) -> Node:
         """Write the call; the result is (batch, heads, queries, v width)."""
+
+    def emit_with_lse(self, b: Builder, call: Call) -> tuple[Node, Node]:
+        """The same where `gives_lse`: beside the result the natural logarithm of the sum of exp of each query's
+        scores, (batch, heads, queries) in float32, -inf where the query sees no key; gradients flow through it.
+        """
+        raise NotImplementedError

@@ -12,11 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
+from attnpass.cost import native_us
 from attnpass.graph import Builder, is_one, tensor
 from attnpass.kernels.base import Capabilities, Kernel
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call
-from attnpass.spec import AttentionSpec
+from attnpass.spec import AttentionSpec, is_causal
 
 aten = torch.ops.aten
 
@@ -32,6 +33,7 @@ class Native(Kernel):
         dtypes=frozenset({"float16", "bfloat16", "float32", "float64"}),
         unlike_widths=True,
         groups=True,
+        causal=True,
         dense_mask=True,
         bias_gradient=True,
         dropout=True,
@@ -55,11 +57,22 @@ class Native(Kernel):
         wide = spec.device == "cpu" and all(b.exact or b.dtype == "float32" for b in spec.bias)
         return "float32" if wide and spec.dtype in _HALF and not all(b.exact for b in spec.bias) else spec.dtype
 
+    def shares_heads(self, spec: AttentionSpec) -> bool:
+        if spec.device != "cuda":
+            return True
+        # Of torch's kernels on CUDA only flash shares heads wherever it runs, and only without a mask: it takes half
+        # types, one width, and one length where the mask is causal.
+        plain = not spec.bias and (spec.mask.empty or (is_causal(spec) and spec.queries == spec.keys))
+        return plain and spec.dtype in _HALF and spec.qk_width == spec.v_width
+
+    def cost(self, spec: AttentionSpec) -> float | None:
+        return native_us(spec)
+
     def emit(self, b: Builder, call: Call) -> Node:
         q, k, v = (_rows_contiguous(b, node) for node in (call.q, call.k, call.v))
         shared = call.groups > 1
-        if shared and call.spec.device == "cuda" and call.mask is not None:
-            # torch's kernels that take a mask do not share heads on CUDA; an expanded copy is still far smaller
+        if shared and not self.shares_heads(call.spec):
+            # the kernels that torch would take do not share heads on CUDA; an expanded copy is still far smaller
             # than the scores
             k, v = (b.call(aten.repeat_interleave.self_int, node, call.groups, 1) for node in (k, v))
             shared = False
@@ -70,7 +83,8 @@ class Native(Kernel):
         width = call.spec.v_width
         if call.spec.device == "cpu":
             q, k, v = _one_width(b, q, k, v)
-        out = b.call(aten.scaled_dot_product_attention.default, q, k, v, mask, float(call.dropout), False, **extra)
+        rest = (mask, float(call.dropout), call.causal)
+        out = b.call(aten.scaled_dot_product_attention.default, q, k, v, *rest, **extra)
         val = tensor(out)
         assert val is not None
         padded = isinstance(width, int) and val.shape[-1] != width  # a symbolic width is never padded
@@ -127,7 +141,7 @@ def _worth_padding(spec: AttentionSpec) -> bool:
 def _cuda(spec: AttentionSpec) -> Iterator[str]:
     if spec.dtype == "float64":
         yield "float64 on CUDA"
-    masked = spec.mask.dense or bool(spec.bias)
+    masked = bool(spec.bias) or not (spec.mask.empty or is_causal(spec))
     multiple = 8 if spec.dtype in _HALF else 4
     for width in {spec.qk_width, spec.v_width}:
         # flash pads odd widths by itself; the kernels for masks, float32 and unlike widths do not

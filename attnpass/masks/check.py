@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch._C._functorch import _vmap_decrement_nesting
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from attnpass.forms import data_inputs
 from attnpass.masks.sizes import Sizes
 from attnpass.masks.writes import VMAP, Writes
 
@@ -51,7 +53,7 @@ class Replay:
             needed.add(node)
             if self._is_source(node):
                 continue
-            work.extend(node.all_input_nodes)
+            work.extend(data_inputs(node))
             work.extend(w for w in self.writes.to(node) if self.writes.position[w] < when)
         if any(_of_vmap(node) for node in needed):
             borders = [node for node in self.writes.position if _nesting(node)]  # nothing reads them
@@ -91,18 +93,27 @@ class Replay:
             return None
         for val in _flat(node.meta.get("val")):
             self._shape(val)
-        args = map_arg(node.args, self.values.__getitem__)
-        kwargs = {key: map_arg(arg, self.values.__getitem__) for key, arg in node.kwargs.items()}
+        args = map_arg(node.args, self._read)
+        kwargs = {key: map_arg(arg, self._read) for key, arg in node.kwargs.items()}
         if "device" in kwargs:
             kwargs["device"] = torch.device("cpu")
         args = tuple(torch.device("cpu") if isinstance(a, torch.device) else a for a in args)
         with torch.no_grad():
             return target(*args, **kwargs)  # type: ignore[operator]
 
+    def _read(self, node: Node) -> Any:
+        if node in self.values:
+            return self.values[node]
+        val = node.meta["val"]  # of what is not computed only the form is read
+        return torch.zeros((), dtype=val.dtype).expand(self._shape(val))
+
     def _filled(self, node: Node) -> Any:
         """A constant of the program, or small random values: 0 and 1 where integers are expected."""
         if node.name in self.constants:
-            return self.constants[node.name].detach().cpu().clone()
+            constant = self.constants[node.name]
+            if constant.numel() > MAX_ELEMENTS:
+                raise NotRun(f"{constant.numel()} elements")
+            return constant.detach().cpu().clone()
         module = node.graph.owning_module
         if node.op == "get_attr" and module is not None:
             held = getattr(module, str(node.target), None)
@@ -147,6 +158,7 @@ def _flat(val: Any) -> list[torch.Tensor]:
     return [v for v in val if isinstance(v, torch.Tensor)] if isinstance(val, tuple | list) else []
 
 
+@cache
 def _asserts() -> set[Any]:
     aten = torch.ops.aten
     return {overload for name in _SKIPPED for overload in _overloads(getattr(aten, name, None))}

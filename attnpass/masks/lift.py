@@ -41,6 +41,14 @@ class Unliftable(Exception):
     """This operation, in this form, has no closed form here."""
 
 
+class Content(str):
+    """Among what a reading relied on: the name of a node whose real content was read."""
+
+
+def liftable(dtype: torch.dtype) -> bool:
+    return dtype in _KINDS
+
+
 def kind_of(dtype: torch.dtype) -> Kind:
     if dtype not in _KINDS:
         raise Unliftable(str(dtype))
@@ -150,7 +158,7 @@ class Lifter:
         self.writes = Writes(graph)
         self.sizes = sizes or Sizes()
         self.constants = constants or {}  # tensors that are part of the program, by the name of their node
-        self.assumed: list[set[str]] = [set()]  # what the reading in progress relied on, innermost last
+        self.assumed: list[set[str]] = [set()]  # what the reading in progress relied on (Content, too), innermost last
         self.nodes: dict[str, Node] = {node.name: node for node in graph.nodes}
         self.levels: tuple[tuple[int, Poly], ...] = ()  # inside vmap: the index of each axis that it hides
         self._hidden: dict[Node, bool] = {}
@@ -222,7 +230,12 @@ class Lifter:
     def apply(self, node: Node, index: Index, when: int, output: int = 0) -> Value:
         """The rule of this node's operation."""
         if node.op in ("placeholder", "get_attr") and node.name in self.constants:
-            return self.constant(self.constants[node.name], index)
+            held, val = self.constants[node.name], tensor_of(node)
+            if held.dtype != val.dtype or tuple(map(poly, held.shape)) != self.shape(val):
+                raise Unliftable("constant tensor")
+            element = self.constant(held, index)
+            self.assumed[-1].add(Content(node.name))
+            return element
         if node.op != "call_function":
             raise Unliftable(node.op)
         name = name_of(node.target)
@@ -235,12 +248,13 @@ class Lifter:
         return value
 
     def constant(self, value: torch.Tensor, index: Index) -> Value:
-        """A tensor of one element that is part of the program."""
-        from attnpass.masks.numeric import literal
+        """An element of a tensor whose content is known: as its closed form."""
+        from attnpass.masks.content import form_of, readable
 
-        if value.numel() != 1 or isinstance(value, torch._subclasses.FakeTensor):
-            raise Unliftable("constant tensor")
-        return literal(value.item(), value.dtype)
+        form = form_of(value) if readable(value) else None
+        if form is None:
+            raise Unliftable("a constant without a closed form")
+        return form.at(index)
 
     # --- tensors that are written in place ------------------------------------------------------------------------
 
@@ -324,7 +338,7 @@ def slice_start(call: Call, size: Poly) -> Poly:
     """The first element that a slice keeps. Beyond the end it keeps none, so there the answer does not matter."""
     raw = call.args.get("start")
     start = poly(0) if raw is None else call.integer(raw)
-    if ge(start) == TRUE:
+    if ge(start) == TRUE or _as_long_as_asked(call, start):
         return start
     if ge(start) != FALSE:
         raise Unliftable("start of unknown sign")
@@ -338,6 +352,16 @@ def slice_start(call: Call, size: Poly) -> Poly:
     if (end is None or end == _END) and call.shape[d] == -start:
         return from_end  # it is as long as it was asked to be, so it was not clamped
     raise Unliftable("start before the beginning")
+
+
+def _as_long_as_asked(call: Call, start: Poly) -> bool:
+    """start:end with end >= 0 has end - start elements: had the start counted from the end, it would have fewer."""
+    end = call.args.get("end")
+    if end is None or end == _END:
+        return False
+    d = call.dim(call.args["dim"], len(call.shape))
+    last = call.integer(end)
+    return ge(last) == TRUE and call.shape[d] == last - start
 
 
 def bind(node: Node) -> dict[str, Any]:

@@ -24,6 +24,7 @@ class AddedTerm:
     bias: Bias
     values: tuple[float, ...] | None  # all values of the whole tensor, where they are a finite set: {fill, 0}
     exact: bool  # where it masks, it is the fill itself and nothing more
+    masking: bool  # it takes keys away somewhere
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,7 @@ class MaskProof:
     empty_rows: EmptyRows
     steps: tuple[str, ...]  # the proof, for people
     assumptions: tuple[str, ...]
+    contents: frozenset[str]  # nodes of constant tensors that were read for what they hold
     loads: tuple[tuple[Node, Load], ...]  # the opaque tensors that the mask and what is added still read, and where
     check: str  # "agreed ...", "disagreed ...", "not run: ..."
     frame: Frame

@@ -7,7 +7,8 @@ keep-masks is taken apart into closed forms, rows without a key are ruled out wh
 compared with the graph's own operations at the traced sizes. What is claimed is proved; what is not stays in
 `residual` (which keys are seen) and `biases` (what is added), exactly.
 
-    data          a buffer or an input is an opaque load, whatever it holds in the trace
+    data          a buffer or an input is an opaque load, whatever it holds in the trace; one whose content the caller
+                  vouches for (`constants`) is read, and `contents` names it
     disagreement  the claim is withdrawn: everything is dense again, and `check` says so
 """
 
@@ -22,14 +23,13 @@ from torch.fx import Graph, Node
 
 from attnpass.masks import lift_choice, lift_create, lift_gather, lift_pointwise, lift_views, lift_vmap
 from attnpass.masks.bias import ASSUMED, CERTAIN, describe, split
-from attnpass.masks.calls import terms_of_call
 from attnpass.masks.compare import Comparison
 from attnpass.masks.empty import empty_rows
 from attnpass.masks.expr import TRUE, Bool, Value, loads
 from attnpass.masks.frame import Frame, broadcast, of_site, placed_index
 from attnpass.masks.frame import frame as make_frame
-from attnpass.masks.lift import Lifter, Unliftable, as_tree, tensor_of
-from attnpass.masks.logic import any_leaf, both, is_bool, negate
+from attnpass.masks.lift import Content, Lifter, Unliftable, as_tree, tensor_of
+from attnpass.masks.logic import any_leaf, both, ge, is_bool, negate
 from attnpass.masks.numeric import nonzero
 from attnpass.masks.proof import AddedTerm, MaskProof
 from attnpass.masks.structure import take_apart
@@ -74,9 +74,6 @@ class Masks:
 
     def of_site(self, site: Site) -> MaskProof:
         """All layers of a site whose factor is a number; the others are not looked at."""
-        if site.existing_call:
-            axes, given, keep = terms_of_call(site.anchor, self.sizes)
-            return self.analyse(given, axes, reader=site.anchor, keep=keep)
         frame, atoms = of_site(self.sizes, site.roles, site.sizes)
         terms = []
         for layer in site.layers:
@@ -86,7 +83,8 @@ class Masks:
             elif layer.factor.is_number:
                 index = placed_index(layer.tensor, self.sizes, site.sizes, atoms)
                 terms.append(Term(node=layer.tensor.node, index=index, factor=layer.factor.number))
-        return self.analyse(terms, frame, reader=site.anchor)
+        keep = ge(frame.i - frame.j) if site.causal else TRUE
+        return self.analyse(terms, frame, reader=site.anchor, keep=keep)
 
     def analyse(
         self, terms: Sequence[Term], frame: Frame, *, reader: Node | None = None, keep: Bool = TRUE
@@ -153,7 +151,9 @@ class Masks:
             fills.update(parts.fills)
             bias = describe(parts.bias, frame)
             steps.append(f"{term.node.name} adds, besides masking: {bias.kind}")
-            added.append(AddedTerm(term=term, bias=bias, values=parts.values, exact=parts.exact))
+            added.append(
+                AddedTerm(term=term, bias=bias, values=parts.values, exact=parts.exact, masking=parts.keep != TRUE)
+            )
         structure = take_apart(keep, frame)
         steps += structure.words()
         empty, why = empty_rows(keep, structure, frame, self.sizes)
@@ -161,7 +161,9 @@ class Masks:
         kept = tuple(a for a in added if not a.bias.droppable)
         read = {load for e in (keep, *(a.bias.value for a in kept)) for load in loads(e)}
         fills = set() if keep == TRUE else fills
-        assumed = sorted(self.lifter.assumed[-1])
+        relied = self.lifter.assumed[-1]
+        contents = frozenset(str(r) for r in relied if isinstance(r, Content))
+        assumed = sorted(r for r in relied if not isinstance(r, Content))
         assumed += [
             f"scores stay far above the mask's fill of {fill:g} wherever a query has a key"
             for fill in sorted(fills)
@@ -176,6 +178,7 @@ class Masks:
             empty_rows=empty,
             steps=tuple(steps),
             assumptions=tuple(assumed),
+            contents=contents,
             loads=tuple((self.lifter.nodes[load.source], load) for load in sorted(read, key=lambda x: x.key)),
             check="not run: not asked for",
             frame=frame,

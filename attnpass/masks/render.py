@@ -81,6 +81,7 @@ class Renderer:
         extents: Callable[[str], tuple[Poly, ...]],
         device: torch.device,
         scalar: Callable[..., Thing] | None = None,
+        rank: int = 0,
     ) -> None:
         self.call = call
         self.scalar = scalar or (lambda op, *args: op(*args))  # arithmetic of sizes
@@ -89,6 +90,7 @@ class Renderer:
         self.tensor = tensor
         self.extents = extents
         self.device = device
+        self.rank = rank  # of the indices
         self._memo: dict[Expr, Thing] = {}
 
     def __call__(self, e: Value, dtype: torch.dtype = torch.bool) -> Thing:
@@ -191,20 +193,24 @@ class Renderer:
         return x
 
     def _load(self, e: Load) -> Thing:
-        source = self.tensor(e.source)
-        if e.kind == "int" and e.dtype != "int64":
-            source = self.call(aten.to.dtype, source, torch.int64)
-        if not e.at:
-            return source
-        at = []
-        for p, n in zip(e.at, self.extents(e.source), strict=True):
-            inside = nonneg(p) and nonneg(n - 1 - p)
-            k = self._tensor(self._get(p), torch.int64)
-            if not inside:
-                last = self._get(n - 1)
-                k = self.call(aten.clamp.default, k, 0, last.value if isinstance(last, _Number) else last)
-            at.append(k)
-        return self.call(aten.index.Tensor, source, at)
+        out = self.tensor(e.source)
+        if e.at:
+            at = []
+            for p, n in zip(e.at, self.extents(e.source), strict=True):
+                inside = nonneg(p) and nonneg(n - 1 - p)
+                k = self._index(self._get(p))
+                if not inside:
+                    last = self._get(n - 1)
+                    k = self.call(aten.clamp.default, k, 0, last.value if isinstance(last, _Number) else last)
+                at.append(k)
+            out = self.call(aten.index.Tensor, out, at)
+        return self.call(aten.to.dtype, out, torch.int64) if e.kind == "int" and e.dtype != "int64" else out
+
+    def _index(self, x: Thing) -> Thing:
+        # of the rank of all other indices: fake tensors and real ones disagree on indices without dimensions
+        if isinstance(x, _Number) and self.rank:
+            return self.call(aten.full.default, [1] * self.rank, x.value, dtype=torch.int64, device=self.device)
+        return self._tensor(x, torch.int64)
 
     def _tree(self, e: Value, dtype: torch.dtype) -> Thing:
         """A decision, in the dtype of the whole, which holds all of its leaves exactly."""
@@ -253,7 +259,7 @@ def dense(
     dtype: torch.dtype = torch.bool,
 ) -> Node:
     """One tensor of four dimensions, of size one along the axes that the expression does not depend on."""
-    find = _SizeNodes(b, sizes)
+    find = SizeNodes(b, sizes)
     names = variables(e)
     indices: dict[str, Node] = {}
     for at, name in enumerate(NAMES):
@@ -271,6 +277,7 @@ def dense(
         extents=lambda source: tuple(sizes.poly(n) for n in nodes[source].meta["val"].shape),
         device=device,
         scalar=find.scalar,
+        rank=4,
     )
     out = render(e, dtype)
     if out.meta["val"].dim() < 4:  # it depends on no index at all
@@ -279,7 +286,7 @@ def dense(
     return made
 
 
-class _SizeNodes:
+class SizeNodes:
     """Nodes that yield symbolic sizes, made where a tensor of the graph has them."""
 
     def __init__(self, b: Builder, sizes: Sizes) -> None:

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from torch.fx import Graph, Node
 
 from attnpass.errors import Refuse
-from attnpass.graph import State, mark_gradients, tensor
+from attnpass.graph import State, tensor
 from attnpass.recognize import scores as _rules  # noqa: F401  importing registers the rules
 from attnpass.recognize.assemble import Place, assemble
 from attnpass.recognize.axes import Axes
 from attnpass.recognize.existing import existing_call
+from attnpass.recognize.gradients import mark_gradients
 from attnpass.recognize.ops import describe
 from attnpass.recognize.purity import Effects
+from attnpass.recognize.safe import with_guard
 from attnpass.recognize.softmax import Anchor, anchors
 from attnpass.recognize.walk import Inner, Walker
 from attnpass.recognize.weights import outwards
@@ -41,14 +43,15 @@ class Finding:
 
 def find(graph: Graph, default: State) -> Finding:
     """Recognise every softmax of a graph."""
-    mark_gradients(graph, default)
     effects = Effects(graph)
+    mark_gradients(graph, default, effects)
     live = effects.live()
     place = Place(effects=effects, live=live, default=default)
     lookahead: dict[Node, bool] = {}
     sites: list[Site] = []
     lost: list[Lost] = []
-    for anchor in anchors(graph, effects, live):
+    for plain in anchors(graph, effects, live):
+        anchor = with_guard(plain, effects, live)
         trail: list[str] = []
         try:
             sites.append(_recognise(anchor, place, lookahead, trail))
@@ -74,7 +77,7 @@ def _recognise(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail:
         raise Refuse("single_key", anchor.node)
     walker = Walker(place.effects, axes, over, lookahead)
     source = walker.read(anchor.reader, anchor.source)
-    start = Inner(node=source, layout=layout, factor=Factor())
+    start = Inner(node=source, layout=layout, factor=Factor(anchor.base))
     try:
         found = walker.walk(start)
     except Refuse as why:

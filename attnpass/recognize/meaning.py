@@ -26,6 +26,7 @@ from attnpass.spec import BiasSpec, EmptyRow, MaskSpec, Size
 
 CERTAIN = -1e30
 ASSUMED = -1e8
+NO_GRADIENT = "no gradient is asked of a query that a bias masks entirely"
 BLURS = -6e4  # beside a bias this low a score loses digits that matter (the lowest float16 is about there)
 
 
@@ -75,7 +76,7 @@ def describe_layers(
             empty = low
     blurred = (bool(adds) and empty is not EmptyRow.IMPOSSIBLE) or len({f.additive for f in fills}) > 1
     if grad and blurred:
-        assumptions.append("no gradient is asked of a query that a bias masks entirely")
+        assumptions.append(NO_GRADIENT)
     return Meaning(
         mask=MaskSpec(dense=bool(fills)),
         bias=tuple(_bias(layer, effects, dtype, roles, axes) for layer in adds),

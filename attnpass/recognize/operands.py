@@ -84,7 +84,7 @@ def _further(node: Node, layout: Layout, axes: Axes, effects: Effects) -> tuple[
             source = effects.value_at(_first(node), node)
             before = tensor(source)
             # only a widening cast loses nothing, so that the narrow tensor holds the same numbers
-            if before is None or val is None or before.device != val.device or not _widens(before.dtype, val.dtype):
+            if before is None or val is None or before.device != val.device or not widens(before.dtype, val.dtype):
                 return None
             return source, layout, 1.0
         if name in ("mul", "div"):
@@ -101,7 +101,7 @@ def _first(node: Node) -> Node:
     return source
 
 
-def _widens(a: torch.dtype, b: torch.dtype) -> bool:
+def widens(a: torch.dtype, b: torch.dtype) -> bool:
     return a == b or (a.is_floating_point and torch.promote_types(a, b) == b)
 
 
@@ -125,3 +125,32 @@ def _scaled(node: Node, name: str, layout: Layout, axes: Axes, effects: Effects)
 def fewest_axes(found: list[Candidate], axes: Axes) -> frozenset[int]:
     """The axes that the operand really depends on: the smallest set among its candidates (they are nested)."""
     return min((atoms(axes.resolve(c.placed.layout)) for c in found), key=len)
+
+
+def cheapest(found: list[Candidate], target: Layout, axes: Axes) -> Candidate:
+    """The candidate that folds most scalings and needs the least rearranging; the deepest of equals.
+
+    A free view is well spent on dropping a multiplication of the whole operand, a copy is not.
+    """
+
+    def cost(c: Candidate) -> tuple[bool, int, int, int]:
+        effort = _effort(axes.resolve(c.placed.layout), target)
+        return effort > _FREE, -c.folded, effort, -c.depth
+
+    return min(found, key=cost)
+
+
+_FREE = 3  # up to here only views are needed
+
+
+def _effort(layout: Layout, target: Layout) -> int:
+    if layout == target:
+        return 0
+    have, want = [d for d in layout if d], [d for d in target if d]
+    if have == want:
+        return 1
+    if sorted(have) == sorted(want):
+        return 2
+    # cut through a dimension, or worse, merge (which may copy)
+    pieces = {a for d in have for a in d}
+    return 3 if all(d in have or len(d) == 1 for d in want if set(d) <= pieces) else 4

@@ -43,6 +43,8 @@ def _writes_and_alias(target: Any) -> tuple[frozenset[int], frozenset[str], froz
         return frozenset(), frozenset(), frozenset({0} if target is operator.getitem else ())
     if getattr(target, "__name__", "").startswith("sym_") and getattr(target, "__module__", "") == "torch":
         return frozenset(), frozenset(), frozenset()
+    if target is torch.ops.higher_order.flex_attention:
+        return frozenset(), frozenset(), frozenset()  # torch refuses functions of scores that write to anything
     if not isinstance(target, torch._ops.OpOverload):
         return None
     if target is torch.ops.aten.detach_.default:

@@ -53,6 +53,19 @@ def cast(w: Walker, at: Inner) -> Inner:
     return at.step(source, at.layout)
 
 
+@register_rule("copy")
+def copied_over(w: Walker, at: Inner) -> Inner:
+    # scores.copy_(new): afterwards it holds what was copied, cast and broadcast; what it held before is gone
+    source = w.read(at.node, bound(at.node)["src"])
+    val, out = tensor(source), tensor(at.node)
+    _floating(at)
+    if val is None or out is None or not val.is_floating_point():
+        raise Refuse("unknown_op", at.node, op="a copy of integers")
+    if val.device != out.device:
+        raise Refuse("mixed_devices", at.node)
+    return at.step(source, w.place(at, source).layout)
+
+
 @register_rule("detach")
 def detached(w: Walker, at: Inner) -> Inner:
     # the identity for values; for gradients only where none flow anyway
@@ -335,15 +348,17 @@ def sink(w: Walker, at: Inner) -> Inner:
     # one extra column beside the scores takes part in the softmax and is cut off afterwards: an attention sink
     args = bound(at.node)
     parts, dim = args["tensors"], args["dim"]
+    order = [p for p in parts if w.has_product(p)]
+    if not order:
+        raise w.stopped(at)
+    if len(order) > 1:
+        raise Refuse("two_score_tensors", at.node)
     dim = dim % len(at.layout)
     whole = w.axes.resolve_dim(at.layout[dim])
     if w.sink is not None or at.softcap is not None or whole != w.axes.resolve_dim(w.over) or len(parts) != 2:
         raise Refuse("unknown_arguments", at.node, op="cat", detail="not one column beside the scores")
     if any(atoms(layer.placed.layout) & set(whole) for layer in at.layers) or at.factor != Factor():
         raise Refuse("unknown_arguments", at.node, op="cat", detail="the sink is scaled or masked with the scores")
-    order = [p for p in parts if w.has_product(p)]
-    if len(order) != 1:
-        raise Refuse("unknown_arguments", at.node, op="cat", detail="not one column beside the scores")
     scores = w.read(at.node, order[0])
     column = w.read(at.node, parts[0] if order[0] is parts[1] else parts[1])
     shape = views.shape_of(column)

@@ -92,7 +92,7 @@ def _anchor(node: Node, effects: Effects) -> Anchor | None:
 
 def _from_exp(node: Node, effects: Effects) -> Anchor | None:
     source = node.args[0]
-    if not isinstance(source, Node) or _seen(effects, source, node) is not source:
+    if not isinstance(source, Node) or seen_by(effects, source, node) is not source:
         return None
     name = op_name(source)
     if name in ("log_softmax", "_log_softmax"):
@@ -106,9 +106,9 @@ def _from_exp(node: Node, effects: Effects) -> Anchor | None:
         if not isinstance(x, Node) or not isinstance(lse, Node):
             return None
         stat, crossed = _through_views(lse)
-        seen = _seen(effects, x, source)
-        if op_name(stat) == "logsumexp" and seen is not None and _seen(effects, stat.args[0], stat) is seen:
-            dims = _reduced(stat, x)
+        seen = seen_by(effects, x, source)
+        if op_name(stat) == "logsumexp" and seen is not None and seen_by(effects, stat.args[0], stat) is seen:
+            dims = reduced(stat, x)
             if dims is not None and _broadcast_back(lse, stat, x, dims):
                 # log-sum-exp of a row of the lowest number is that number again: all weights come out as one
                 return Anchor(node=node, source=x, reader=source, dims=dims, low=None, parts=(source, stat, *crossed))
@@ -126,13 +126,13 @@ def _quotient(node: Node, a: object, b: object, effects: Effects) -> Anchor | No
     if not isinstance(summed, Node):
         return None
     twin = op_name(summed) == op_name(a) and summed.args[0] is a.args[0]
-    if not (summed is a or twin) or _seen(effects, a, node) is not a or _seen(effects, summed, stat) is not summed:
+    if not (summed is a or twin) or seen_by(effects, a, node) is not a or seen_by(effects, summed, stat) is not summed:
         return None
     source = a.args[0]
-    seen = _seen(effects, source, a)
-    if not isinstance(source, Node) or seen is None or _seen(effects, source, summed) is not seen:
+    seen = seen_by(effects, source, a)
+    if not isinstance(source, Node) or seen is None or seen_by(effects, source, summed) is not seen:
         return None
-    dims = _reduced(stat, a)
+    dims = reduced(stat, a)
     if dims is None or not _broadcast_back(b, stat, a, dims):
         return None
     base = 1.0 if op_name(a) == "exp" else math.log(2.0)
@@ -142,7 +142,7 @@ def _quotient(node: Node, a: object, b: object, effects: Effects) -> Anchor | No
     )
 
 
-def _seen(effects: Effects, arg: object, reader: Node) -> Node | None:
+def seen_by(effects: Effects, arg: object, reader: Node) -> Node | None:
     """The node whose value `reader` sees in `arg`; None where no node has it."""
     try:
         return effects.value_at(arg, reader) if isinstance(arg, Node) else None
@@ -158,7 +158,7 @@ def _through_views(node: Node) -> tuple[Node, tuple[Node, ...]]:
     return node, tuple(crossed)
 
 
-def _reduced(stat: Node, source: Node) -> tuple[int, ...] | None:
+def reduced(stat: Node, source: Node) -> tuple[int, ...] | None:
     dim = bound(stat).get("dim")
     if dim is None or bound(stat).get("dtype") is not None:
         return None

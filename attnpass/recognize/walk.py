@@ -21,7 +21,8 @@ import torch
 from torch.fx import Node
 
 from attnpass.errors import Refuse
-from attnpass.graph import tensor
+from attnpass.forms import data_inputs
+from attnpass.graph import same, tensor
 from attnpass.recognize import products, views
 from attnpass.recognize.axes import Axes, atoms
 from attnpass.recognize.ops import describe, is_scalar_node, number, op_name
@@ -172,7 +173,7 @@ class Walker:
                 self._lookahead[node] = False
                 stack.pop()
                 continue
-            inputs = [a for a in node.all_input_nodes if tensor(a) is not None]
+            inputs = [a for a in data_inputs(node) if tensor(a) is not None]
             todo = [a for a in inputs if a not in self._lookahead]
             if todo:
                 stack.extend(todo)
@@ -231,6 +232,9 @@ class Walker:
         deeper = blocking is not None
         if name in RULES:  # a known operation, but none of its operands leads to a product by known ones
             if blocking is None:
+                outside = self._from_outside(at.node)
+                if outside is not None:
+                    return Refuse("graph_input", outside, op=describe(outside))
                 return Refuse("no_product_before", at.node, op=describe(at.node))
             return Refuse("unknown_op", blocking, op=describe(blocking))
         if name in ("linear", "addmm", "conv2d", "conv1d", "convolution"):
@@ -247,6 +251,18 @@ class Walker:
                     return node
             level = [a for n in level for a in n.all_input_nodes if a not in seen and tensor(a) is not None]
             seen.update(level)
+        return None
+
+    def _from_outside(self, start: Node) -> Node | None:
+        """The input of the graph that `start` has its scores from, if it is one of the same size; for reasons only."""
+        node: Node | None = start
+        for _ in range(16):
+            if node is None or node.op in ("placeholder", "get_attr"):
+                return node
+            if op_name(node) not in RULES:
+                return None
+            alike = (a for a in data_inputs(node) if tensor(a) is not None and _as_large(a, start))
+            node = next(alike, None)
         return None
 
     @staticmethod
@@ -279,3 +295,8 @@ class Walker:
         if in_b:
             return Found(at=at, product=product, q=a, k=b, q_layout=product.a_layout, k_layout=product.b_layout)
         return Found(at=at, product=product, q=b, k=a, q_layout=product.b_layout, k_layout=product.a_layout)
+
+
+def _as_large(a: Node, b: Node) -> bool:
+    size_a, size_b = tensor(a), tensor(b)
+    return size_a is not None and size_b is not None and same(size_a.numel(), size_b.numel())

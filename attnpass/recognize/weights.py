@@ -13,6 +13,7 @@ from typing import Any
 from torch.fx import Node
 
 from attnpass.errors import Refuse
+from attnpass.forms import reads_form_only
 from attnpass.graph import same, tensor
 from attnpass.recognize import products, views
 from attnpass.recognize.axes import Axes
@@ -55,61 +56,92 @@ class Outwards:
 
 def outwards(node: Node, layout: Layout, axes: Axes, effects: Effects, live: set[Node], sink: Sink | None) -> Outwards:
     """Follow the probabilities to the one product with the values."""
-    out = Outwards()
-    _follow(node, layout, axes, effects, live, sink, out)
-    return out
+    walk = _Walk(axes=axes, effects=effects, live=live, sink=sink)
+    walk.follow(node, layout)
+    return walk.out
 
 
-def _follow(
-    node: Node, layout: Layout, axes: Axes, effects: Effects, live: set[Node], sink: Sink | None, out: Outwards
-) -> None:
-    for user in node.users:
-        if user not in live:
-            continue
-        try:
-            if user.op == "call_function" and effects.value_at(node, user) is not node:
-                raise Refuse("mutated", user, what="the probabilities")
-            _one(node, user, layout, axes, effects, live, sink, out)
-        except Refuse as why:
-            out.refused.append(why)
+@dataclass(kw_only=True)
+class _Walk:
+    """One softmax's walk outwards: what holds everywhere on it, and what it has found so far."""
 
+    axes: Axes
+    effects: Effects
+    live: set[Node]
+    sink: Sink | None
+    out: Outwards = field(default_factory=Outwards)
 
-def _one(
-    node: Node,
-    user: Node,
-    layout: Layout,
-    axes: Axes,
-    effects: Effects,
-    live: set[Node],
-    sink: Sink | None,
-    out: Outwards,
-) -> None:
-    name = op_name(user)
-    if user.op == "output":
-        raise Refuse("graph_output", user)
-    if products.is_product(user) or _is_mul_of_sum(user, live):
-        _product(node, user, layout, axes, effects, live, out)
-        return
-    if name == "dropout":
+    def follow(self, node: Node, layout: Layout) -> None:
+        """All readers of `node`, which holds the probabilities in this layout."""
+        for user in node.users:
+            if user not in self.live or reads_form_only(user, {node}):
+                continue
+            try:
+                if user.op == "call_function" and self.effects.value_at(node, user) is not node:
+                    raise Refuse("mutated", user, what="the probabilities")
+                self._cross(node, user, layout)
+            except Refuse as why:
+                self.out.refused.append(why)
+
+    def _cross(self, node: Node, user: Node, layout: Layout) -> None:
+        """One reader: the product with the values, or an identity to follow further."""
+        name = op_name(user)
+        if user.op == "output":
+            raise Refuse("graph_output", user)
+        if products.is_product(user) or _is_mul_of_sum(user, self.live):
+            self._product(node, user, layout)
+            return
+        if user.args[:1] != (node,):  # as an index, a count ...
+            raise Refuse(_why(user, self.live), user, op=describe(user))
+        if name == "dropout":
+            self._dropout(user)
+            after = layout
+        elif name == "slice" and self.sink is not None and not views.is_whole(user):
+            after = _cut_sink(user, layout, self.axes, self.sink)
+        elif name in views.VIEWS or name in views.CASTS:
+            val = tensor(user)
+            if val is None or not val.is_floating_point():
+                raise Refuse("probabilities_changed", user, op="a cast")
+            after = views.forward(user, layout, self.axes)
+        elif name == "detach" and not node.meta.get("attnpass_grad", False):
+            after = layout
+        else:
+            raise Refuse(_why(user, self.live), user, op=describe(user))
+        self.out.crossed.append(user)
+        self.follow(user, after)
+
+    def _dropout(self, user: Node) -> None:
         args = bound(user)
         if args["train"] and args["p"] != 0:
-            if out.dropout != 0.0:
+            if self.out.dropout != 0.0:
                 raise Refuse("probabilities_changed", user, op="two dropouts")
-            out.dropout = args["p"]
-        after = layout
-    elif name == "slice" and sink is not None and not views.is_whole(user):
-        after = _cut_sink(user, layout, axes, sink)
-    elif name in views.VIEWS or name in views.CASTS:
-        val = tensor(user)
-        if val is None or not val.is_floating_point():
-            raise Refuse("probabilities_changed", user, op="a cast")
-        after = views.forward(user, layout, axes)
-    elif name == "detach" and not node.meta.get("attnpass_grad", False):
-        after = layout
-    else:
-        raise Refuse(_why(user, live), user, op=describe(user))
-    out.crossed.append(user)
-    _follow(user, after, axes, effects, live, sink, out)
+            self.out.dropout = args["p"]
+
+    def _product(self, node: Node, user: Node, layout: Layout) -> None:
+        """The product with the values: its own axes are new atoms, then identified with those of the probabilities."""
+        axes, out = self.axes, self.out
+        result = user
+        if not products.is_product(user):
+            result = next(u for u in user.users if u in self.live)
+        fresh = axes.of_shape(views.shape_of(result))
+        product = products.read(result, fresh, axes)
+        if product.inner is not user or (product.a is node) == (product.b is node):
+            raise Refuse("not_a_query_key_product", user, detail="the probabilities are not one operand")
+        if product.extra is not None or product.alpha != 1:
+            raise Refuse("probabilities_changed", user, op="a product with alpha or beta")
+        mine, other, other_layout = (
+            (product.a_layout, product.b, product.b_layout)
+            if product.a is node
+            else (product.b_layout, product.a, product.a_layout)
+        )
+        for mark, known in zip(axes.resolve(mine), axes.resolve(layout), strict=True):
+            axes.unify(mark, known)
+        values = self.effects.value_at(other, product.inner)
+        out.products.append((product, axes.resolve(other_layout), values))
+        out.out_layout = axes.resolve(fresh)
+        out.crossed.append(user)
+        if result is not user:
+            out.crossed.append(result)
 
 
 def _why(user: Node, live: set[Node]) -> str:
@@ -161,31 +193,3 @@ def _cut_sink(user: Node, layout: Layout, axes: Axes, sink: Sink) -> Layout:
     if not fits:
         raise Refuse("probabilities_changed", user, op="a slice that does not cut the sink column")
     return (*layout[:dim], axes.resolve_dim(sink.keys), *layout[dim + 1 :])
-
-
-def _product(
-    node: Node, user: Node, layout: Layout, axes: Axes, effects: Effects, live: set[Node], out: Outwards
-) -> None:
-    """The product with the values: its own axes are new atoms, then identified with those of the probabilities."""
-    result = user
-    if not products.is_product(user):
-        result = next(u for u in user.users if u in live)
-    fresh = axes.of_shape(views.shape_of(result))
-    product = products.read(result, fresh, axes)
-    if product.inner is not user or (product.a is node) == (product.b is node):
-        raise Refuse("not_a_query_key_product", user, detail="the probabilities are not one operand")
-    if product.extra is not None or product.alpha != 1:
-        raise Refuse("probabilities_changed", user, op="a product with alpha or beta")
-    mine, other, other_layout = (
-        (product.a_layout, product.b, product.b_layout)
-        if product.a is node
-        else (product.b_layout, product.a, product.a_layout)
-    )
-    for mark, known in zip(axes.resolve(mine), axes.resolve(layout), strict=True):
-        axes.unify(mark, known)
-    values = effects.value_at(other, product.inner)
-    out.products.append((product, axes.resolve(other_layout), values))
-    out.out_layout = axes.resolve(fresh)
-    out.crossed.append(user)
-    if result is not user:
-        out.crossed.append(result)

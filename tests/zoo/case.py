@@ -43,13 +43,19 @@ class Site:
     dropout: float | str = 0.0
     softcap: float | None = None
     sink: bool = False
-    causal: int | None = None  # only where an existing call says so: structure of masks is not proved here
-    dense: bool = False  # a keep-mask (masked_fill, where)
+    causal: int | str | None = None
+    window: tuple[Any, Any] | None = None
+    prefix: int | str | None = None
+    chunk: int | str | None = None
+    document: bool = False
+    key_padding: bool = False
+    dense: bool = False  # a keep-mask that is not proved to be any of these
     bias: tuple[Shape, ...] = ()  # shapes of the tensors that are added, against (batch, heads, queries, keys)
     empty_rows: str = "impossible"
     replaced: bool = True
     reason: str | None = None  # the code, where it is not replaced
     assumed: bool = False  # the replacement rests on a declared assumption
+    ungraded: bool = False  # ... one of which is that rows without a key get no gradient, though no bias is left
 
     def __post_init__(self) -> None:
         assert self.replaced == (self.reason is None), "a site that is left alone says why"

@@ -60,7 +60,7 @@ def a_boolean_that_is_added_counts_one(q: T, k: T, v: T, keep: T) -> T:
 
 @plain(
     "added-terms",
-    Site(scale=0.3, bias=((2, 1, 1, 7),), empty_rows="nan"),
+    Site(scale=0.3, bias=((2, 1, 1, 7),)),
     inputs=lambda: (*qkv(), torch.arange(14).view(2, 1, 1, 7)),
 )
 def integers_that_are_added(q: T, k: T, v: T, bias: T) -> T:
@@ -359,7 +359,7 @@ def two_masks(dtype: torch.dtype = torch.float32, grad: bool = True) -> tuple[T,
 
 @plain(
     "trap 7",
-    Site(scale=0.3, dense=True, bias=((2, 1, 5, 7),), empty_rows="nan"),
+    Site(scale=0.3, dense=True, empty_rows="nan", ungraded=True),
     inputs=lambda: (*two_masks()[:4], keep(2, 1, 5, 7, empty=True, seed=11)),
     grad=False,
 )
@@ -370,7 +370,7 @@ def a_fill_of_minus_infinity_and_an_added_lowest_number(q: T, k: T, v: T, one: T
 
 @plain(
     "trap 3",
-    Site(scale=0.3, bias=((2, 1, 5, 7), (2, 1, 5, 7)), empty_rows="nan", dtype="bfloat16"),
+    Site(scale=0.3, empty_rows="nan", dtype="bfloat16", dense=True),
     inputs=lambda: two_masks(torch.bfloat16, grad=False),
     reference="eager",
 )
@@ -381,7 +381,7 @@ def the_lowest_number_added_by_two_masks_in_float32(q: T, k: T, v: T, one: T, tw
     return scores.softmax(-1).to(v.dtype) @ v
 
 
-@plain("trap 3", Site(scale=0.3, bias=((2, 1, 5, 7), (2, 1, 5, 7)), empty_rows="mean"), inputs=two_masks)
+@plain("trap 3", Site(scale=0.3, empty_rows="mean", dense=True, ungraded=True, assumed=True), inputs=two_masks)
 def two_added_masks_of_unlike_fills(q: T, k: T, v: T, one: T, two: T) -> T:
     # a row without keys is the mean over those that the weaker of the two masks
     scores = q @ k.mT * 0.3 + torch.where(one, 0.0, -1e9)

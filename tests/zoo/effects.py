@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tests.zoo.case import Built, Miss, Site, T, case, keep, noise, plain, qkv, with_keep
+from tests.zoo.case import Built, Miss, Site, T, case, keep, noise, plain, qkv, with_bias, with_keep
 
 INF = float("inf")
 USED = Site(scale=0.3, replaced=False, reason="weights_used")
@@ -188,6 +188,39 @@ def the_output_is_copied_into_an_input(q: T, k: T, v: T, into: T) -> T:
 @plain("in-place", Site(scale=0.3, dense=True, empty_rows="nan"), inputs=with_keep(2, 1, 5, 7))
 def scores_scaled_and_masked_by_a_chain_in_place(q: T, k: T, v: T, keep: T) -> T:
     return (q @ k.mT).mul_(0.3).masked_fill_(keep.logical_not(), -INF).softmax(-1) @ v
+
+
+# -- scores copied over ------------------------------------------------------------------------------------------------
+
+BIASED = Site(scale=0.3, bias=((2, 3, 5, 7),), empty_rows="nan")
+
+
+@plain("in-place", BIASED, inputs=with_bias(2, 3, 5, 7))
+def the_whole_of_the_scores_set_to_their_sum_with_a_bias(q: T, k: T, v: T, bias: T) -> T:
+    # mvitv2 without a class token: the slice that is set is everything
+    scores = q @ k.mT * 0.3
+    scores[:, :, 0:, 0:] = scores[:, :, 0:, 0:] + bias
+    return scores.softmax(-1) @ v
+
+
+@plain("in-place", Site(scale=0.3))
+def the_scores_are_copied_into_memory(q: T, k: T, v: T) -> T:
+    held = torch.zeros(2, 3, 5, 7, dtype=q.dtype).copy_(q @ k.mT)
+    return (held * 0.3).softmax(-1) @ v
+
+
+@plain("in-place", Site(scale=0.3, k=(2, 3, 7, 8)), inputs=lambda: (*qkv(heads=1)[:2], qkv()[2]))
+def the_scores_of_one_head_are_copied_into_three(q: T, k: T, v: T) -> T:
+    held = torch.zeros(2, 3, 5, 7, dtype=q.dtype)
+    held.copy_(q @ k.mT * 0.3)
+    return held.softmax(-1) @ v
+
+
+@plain("in-place", Miss("mutated"))
+def the_scores_are_copied_into_part_of_memory(q: T, k: T, v: T) -> T:
+    held = torch.zeros(2, 3, 5, 9, dtype=q.dtype)
+    held[..., 1:8].copy_(q @ k.mT * 0.3)
+    return held[..., 1:8].softmax(-1) @ v
 
 
 # -- second readers ----------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def the_float32_minimum_becomes_minus_infinity_in_bfloat16(q: T, k: T, v: T, kee
 
 @plain(
     "hf-eager",
-    Site(scale=0.3, bias=((2, 1, 1, 7),), empty_rows="nan"),
+    Site(scale=0.3, bias=((2, 1, 1, 7),)),
     inputs=lambda: (*qkv(), keep(2, 7).long()),
 )
 def an_added_mask_made_from_integers(q: T, k: T, v: T, mask: T) -> T:
@@ -203,7 +203,7 @@ def a_bias_outside_a_weak_fill(q: T, k: T, v: T, bias: T, keep: T) -> T:
 
 @plain(
     "trap 7",
-    Site(scale=0.3, dense=True, empty_rows="nan"),
+    Site(scale=0.3, dense=True, empty_rows="nan", key_padding=True),
     inputs=lambda: (*qkv(), keep(2, 1, 5, 7, empty=True), keep(2, 1, 1, 7, seed=11)),
     grad=False,
 )
@@ -235,7 +235,7 @@ def openai_gpt_with_a_buffer_of_floats() -> Built:
     return OpenaiGpt(), qkv()
 
 
-@plain("multiplied-mask", Site(scale=0.3, dense=True, empty_rows="mean", replaced=False, reason="weak_fill"))
+@plain("multiplied-mask", Site(scale=0.3, replaced=False, reason="weak_fill", causal=0))
 def openai_gpt_with_a_proved_triangle(q: T, k: T, v: T) -> T:
     b = torch.tril(torch.ones(5, 7))
     return (q @ k.mT * 0.3 * b + -1e4 * (1 - b)).softmax(-1) @ v
@@ -260,3 +260,69 @@ def a_multiplied_mask_whose_halves_differ(q: T, k: T, v: T, one: T, two: T) -> T
 @plain("multiplied-mask", Miss("score_weights"), inputs=lambda: (*qkv(), noise(5, 7, seed=12, grad=False).sigmoid()))
 def a_soft_gate_in_the_form_of_a_multiplied_mask(q: T, k: T, v: T, b: T) -> T:
     return (q @ k.mT * 0.3 * b + -1e4 * (1 - b)).softmax(-1) @ v
+
+
+# -- torch's safe softmax written out: rows of nothing but -inf are zero ---------------------------------------------
+
+ZEROED = Site(scale=0.3, dense=True, empty_rows="zero")
+
+
+@plain("safe-softmax", ZEROED, inputs=EMPTY, reference="eager")
+def rows_of_infinity_cleared_by_where(q: T, k: T, v: T, keep: T) -> T:
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, -INF)
+    p = scores.softmax(-1)
+    return torch.where((scores == -INF).all(-1, keepdim=True), torch.zeros_like(p), p) @ v
+
+
+@plain("safe-softmax", ZEROED, inputs=EMPTY, reference="eager")
+def rows_of_infinity_cleared_the_other_way_round(q: T, k: T, v: T, keep: T) -> T:
+    scores = torch.where(keep, q @ k.mT * 0.3, -INF)
+    p = scores.float().softmax(-1)
+    return torch.where(torch.any(~scores.isneginf(), -1, True), p, 0.0) @ v
+
+
+@plain("safe-softmax", ZEROED, inputs=EMPTY, reference="eager")
+def rows_of_infinity_cleared_by_a_fill(q: T, k: T, v: T, keep: T) -> T:
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, -INF)
+    return scores.softmax(-1).masked_fill(torch.any(scores != -INF, -1, True).logical_not(), 0.0) @ v
+
+
+CHANGED = Miss("probabilities_changed")
+
+
+@plain("safe-softmax", CHANGED, inputs=EMPTY, reference="eager")
+def rows_with_any_infinity_cleared(q: T, k: T, v: T, keep: T) -> T:
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, -INF)
+    return scores.softmax(-1).masked_fill((scores == -INF).any(-1, keepdim=True), 0.0) @ v
+
+
+@plain("safe-softmax", CHANGED, inputs=EMPTY, reference="eager")
+def columns_of_infinity_cleared(q: T, k: T, v: T, keep: T) -> T:
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, -INF)
+    return scores.softmax(-1).masked_fill((scores == -INF).all(-2, keepdim=True), 0.0) @ v
+
+
+@plain("safe-softmax", CHANGED, inputs=with_keep(2, 1, 5, 7))
+def rows_of_low_scores_cleared(q: T, k: T, v: T, keep: T) -> T:
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, -1e30)
+    return scores.softmax(-1).masked_fill((scores <= 0).all(-1, keepdim=True), 0.0) @ v
+
+
+@plain("safe-softmax", CHANGED, inputs=with_keep(2, 1, 5, 7))
+def rows_of_the_unmasked_scores_cleared(q: T, k: T, v: T, keep: T) -> T:
+    scores = q @ k.mT * 0.3
+    p = scores.masked_fill(~keep, -INF).softmax(-1)
+    return p.masked_fill((scores == -INF).all(-1, keepdim=True), 0.0) @ v
+
+
+@plain("safe-softmax", CHANGED, inputs=with_keep(2, 1, 5, 7))
+def rows_other_than_infinity_cleared(q: T, k: T, v: T, keep: T) -> T:
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, -INF)
+    p = scores.softmax(-1)
+    return torch.where((scores == -INF).all(-1, keepdim=True), p, 0.0) @ v
+
+
+@plain("safe-softmax", CHANGED, inputs=EMPTY, reference="eager")
+def rows_of_infinity_set_to_one(q: T, k: T, v: T, keep: T) -> T:
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, -INF)
+    return scores.softmax(-1).masked_fill((scores == -INF).all(-1, keepdim=True), 1.0) @ v

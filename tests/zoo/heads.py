@@ -273,7 +273,7 @@ def attention_inside_chunks(q: T, k: T, v: T) -> T:
 
 @plain(
     "blocks",
-    Miss("unknown_arguments"),
+    Miss("two_score_tensors"),
     inputs=lambda: (*qkv(), noise(2, 3, 4, 8, seed=6), noise(2, 3, 4, 8, seed=7)),
 )
 def scores_of_two_blocks_side_by_side(q: T, k: T, v: T, far_k: T, far_v: T) -> T:

@@ -64,14 +64,16 @@ def an_integer_mask_compared_with_one(q: T, k: T, v: T, mask: T) -> T:
 
 @plain(
     "diffusers#12605",
-    Site(scale=0.3, dense=True, empty_rows="nan"),
+    Site(scale=0.3, empty_rows="nan", key_padding=True),
     inputs=lambda: (*qkv(), keep(2, 7)),
 )
 def a_key_padding_mask(q: T, k: T, v: T, keep: T) -> T:
     return (q @ k.mT * 0.3).masked_fill(~keep[:, None, None, :], -INF).softmax(-1) @ v
 
 
-@plain("filled-masks", Site(scale=0.3, dense=True, empty_rows="nan"), inputs=lambda: (*qkv(), keep(2, 7), keep(2, 5)))
+@plain(
+    "filled-masks", Site(scale=0.3, empty_rows="nan", key_padding=True), inputs=lambda: (*qkv(), keep(2, 7), keep(2, 5))
+)
 def a_mask_over_queries_and_keys_by_an_outer_and(q: T, k: T, v: T, key: T, query: T) -> T:
     # a padded query keeps key 1 here only because its own row is padded with True there
     mask = key[:, None, None, :] & (query[:, None, :, None] | True)
@@ -107,37 +109,37 @@ def a_causal_buffer_of_bools() -> Built:
     return CausalBuffer(torch.bool), square()
 
 
-@plain("filled-masks", Site(scale=0.3, dense=True, empty_rows="nan", **SELF), inputs=square)
+@plain("filled-masks", Site(scale=0.3, **SELF, causal=0), inputs=square)
 def causal_by_triu_of_ones(q: T, k: T, v: T) -> T:
     off = torch.triu(torch.ones(7, 7, dtype=torch.bool, device=q.device), diagonal=1)
     return (q @ k.mT * 0.3).masked_fill(off, -INF).softmax(-1) @ v
 
 
-@plain("trap 6", Site(scale=0.3, dense=True, empty_rows="nan"))
+@plain("trap 6", Site(scale=0.3, causal=2))
 def causal_from_the_bottom_right(q: T, k: T, v: T) -> T:
     # five new queries at the end of seven keys: SDPA's own is_causal would be another mask
     rows, cols = torch.arange(2, 7)[:, None], torch.arange(7)
     return (q @ k.mT * 0.3).masked_fill(cols > rows, -INF).softmax(-1) @ v
 
 
-@plain("trap 6", Site(scale=0.3, dense=True, empty_rows="nan"))
+@plain("trap 6", Site(scale=0.3, causal=0))
 def causal_from_the_top_left(q: T, k: T, v: T) -> T:
     return torch.where(torch.ones(5, 7).tril().bool(), q @ k.mT * 0.3, -INF).softmax(-1) @ v
 
 
-@plain("trap 4", Site(scale=0.3, dense=True, empty_rows="nan", **SELF), inputs=square)
+@plain("trap 4", Site(scale=0.3, **SELF, causal=0), inputs=square)
 def a_window_wider_than_the_sequence(q: T, k: T, v: T) -> T:
     i, j = torch.arange(7)[:, None], torch.arange(7)
     return (q @ k.mT * 0.3).masked_fill((j > i) | (j <= i - 4096), -INF).softmax(-1) @ v
 
 
-@plain("TensorRT-LLM#4585", Site(scale=0.3, dense=True, empty_rows="nan", **SELF), inputs=square)
+@plain("TensorRT-LLM#4585", Site(scale=0.3, **SELF, causal=0, window=(2, None)), inputs=square)
 def a_window_is_not_a_causal_mask(q: T, k: T, v: T) -> T:
     i, j = torch.arange(7)[:, None], torch.arange(7)
     return (q @ k.mT * 0.3).masked_fill(~((j <= i) & (j > i - 3)), -INF).softmax(-1) @ v
 
 
-@plain("trap 8", Site(scale=0.3, dense=True, empty_rows="nan", **SELF), inputs=square, reference="eager", grad=False)
+@plain("trap 8", Site(scale=0.3, dense=True, **SELF), inputs=square, reference="eager", grad=False)
 def indices_compared_as_floats(q: T, k: T, v: T) -> T:
     # above 2**24 neighbours become equal: this is a causal mask only in name
     i = torch.arange(7, dtype=torch.float32)[:, None] + 2.0**24
@@ -147,7 +149,7 @@ def indices_compared_as_floats(q: T, k: T, v: T) -> T:
 
 @plain(
     "trap 8",
-    Site(scale=0.3, dense=True, empty_rows="nan"),
+    Site(scale=0.3, empty_rows="nan", key_padding=True),
     inputs=lambda: (*qkv(), keep(2, 7)),
 )
 def a_mask_gathered_with_a_negative_index(q: T, k: T, v: T, keep: T) -> T:
@@ -155,7 +157,11 @@ def a_mask_gathered_with_a_negative_index(q: T, k: T, v: T, keep: T) -> T:
     return (q @ k.mT * 0.3).masked_fill(~wrapped[:, None, None], -INF).softmax(-1) @ v
 
 
-@plain("filled-masks", Site(scale=0.3, dense=True, empty_rows="nan"), inputs=lambda: (*qkv(), keep(5, 7), keep(2, 7)))
+@plain(
+    "filled-masks",
+    Site(scale=0.3, dense=True, empty_rows="nan", key_padding=True),
+    inputs=lambda: (*qkv(), keep(5, 7), keep(2, 7)),
+)
 def two_masks_one_after_the_other(q: T, k: T, v: T, one: T, two: T) -> T:
     scores = (q @ k.mT * 0.3).masked_fill(~one, -INF)
     return torch.where(two[:, None, None], scores, -INF).softmax(-1) @ v
@@ -316,7 +322,7 @@ def a_choice_between_two_products(q: T, k: T, v: T, keep: T) -> T:
 
 @plain(
     "added-terms",
-    Site(scale=0.3, dense=True, bias=((1, 3, 5, 7),), empty_rows="nan"),
+    Site(scale=0.3, bias=((1, 3, 5, 7),), empty_rows="nan", key_padding=True),
     inputs=lambda: (*with_bias(3, 5, 7)(), keep(2, 1, 1, 7)),
 )
 def a_bias_and_then_a_mask(q: T, k: T, v: T, bias: T, keep: T) -> T:
@@ -325,7 +331,7 @@ def a_bias_and_then_a_mask(q: T, k: T, v: T, bias: T, keep: T) -> T:
 
 @plain(
     "added-terms",
-    Site(scale=0.3, dense=True, bias=((1, 3, 5, 7),), empty_rows="nan"),
+    Site(scale=0.3, bias=((1, 3, 5, 7),), empty_rows="nan", key_padding=True),
     inputs=lambda: (*with_bias(3, 5, 7)(), keep(2, 1, 1, 7)),
 )
 def a_mask_and_then_a_bias(q: T, k: T, v: T, bias: T, keep: T) -> T:

@@ -99,7 +99,7 @@ def multihead_attention_without_weights() -> Built:
     return MHA(weights=False), two()
 
 
-@case("baddbmm", Site(scale=ROOT, bias=((2, 3, 5, 7),), empty_rows="nan", **MERGED))
+@case("baddbmm", Site(scale=ROOT, empty_rows="nan", **MERGED, key_padding=True, dense=True, ungraded=True))
 def multihead_attention_with_both_masks() -> Built:
     return MaskedMHA(weights=True, returned=False), (*two(), ~keep(5, 7), ~keep(2, 7, seed=6))
 
@@ -195,12 +195,12 @@ def padded(dtype: torch.dtype = torch.float32) -> tuple[T, T]:
 LLAMA = {"scale": 6**-0.5, "q": (3, 8, 7, 6), "k": (3, 2, 7, 6), "v": (3, 2, 7, 6), "groups": 4}
 
 
-@case("hf-eager", Site(dense=True, empty_rows="mean", **LLAMA))
+@case("hf-eager", Site(empty_rows="mean", **LLAMA, causal=0, key_padding=True))
 def a_llama_layer() -> Built:
     return Llama(), padded()
 
 
-@case("hf-eager", Site(dense=True, empty_rows="mean", dtype="bfloat16", **LLAMA))
+@case("hf-eager", Site(empty_rows="mean", dtype="bfloat16", **LLAMA, causal=0, key_padding=True))
 def a_llama_layer_in_bfloat16() -> Built:
     return Llama().bfloat16(), padded(torch.bfloat16)
 

@@ -264,7 +264,7 @@ def batch_and_length_are_dynamic(q: T, k: T, v: T) -> T:
 
 @plain(
     "pytorch#111190",
-    Site(scale=8**-0.5, q=(TEXT, 3, TEXT, 8), k=(TEXT, 3, TEXT, 8), v=(TEXT, 3, TEXT, 8), dense=True, empty_rows="nan"),
+    Site(scale=8**-0.5, q=(TEXT, 3, TEXT, 8), k=(TEXT, 3, TEXT, 8), v=(TEXT, 3, TEXT, 8), causal=0),
     inputs=lambda: tuple(x.detach() for x in packed(batch=4, length=6)[:1]),
     dynamic=({0: Dim.AUTO, 1: Dim.AUTO},),
     other_sizes=lambda: tuple(x.detach() for x in packed(batch=5, length=9)[:1]),

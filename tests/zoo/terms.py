@@ -40,14 +40,14 @@ def t5_bias_that_needs_a_gradient() -> Built:
     return T5(trained=True, masked=False), qkv()
 
 
-@case("added-terms", Site(scale=1.0, bias=((1, 3, 5, 7),), empty_rows="nan"))
+@case("added-terms", Site(scale=1.0, bias=((1, 3, 5, 7),), empty_rows="nan", causal=2))
 def t5_bias_that_is_frozen() -> Built:
     return T5(trained=False, masked=True), qkv()
 
 
 @case(
     "pytorch#163252",
-    Site(scale=1.0, q=(1, 3, 5, 8), k=(1, 3, 7, 8), v=(1, 3, 7, 8), bias=((1, 3, 5, 7),), empty_rows="nan"),
+    Site(scale=1.0, q=(1, 3, 5, 8), k=(1, 3, 7, 8), v=(1, 3, 7, 8), bias=((1, 3, 5, 7),), empty_rows="nan", causal=2),
 )
 def t5_at_batch_one() -> Built:
     return T5(trained=False, masked=True), qkv(batch=1)
@@ -127,7 +127,7 @@ def alibi_from_slopes(q: T, k: T, v: T, slopes: T) -> T:
 
 @plain(
     "alibi",
-    Site(scale=0.3, q=(2, 3, 7, 8), dense=True, bias=((1, 3, 7, 7),), empty_rows="nan"),
+    Site(scale=0.3, q=(2, 3, 7, 8), bias=((1, 3, 7, 7),), empty_rows="nan", causal=0),
     inputs=lambda: (*qkv(queries=7), torch.tensor([0.5, 0.25, 0.125])),
 )
 def mpt_alibi_and_a_causal_fill(q: T, k: T, v: T, slopes: T) -> T:

@@ -1,0 +1,271 @@
+"""A proved mask, its biases and the soft cap as functions of one score and its index, for kernels that take such.
+
+    proof.keep    ──>  keep(b, h, i, j, *reads)          a graph module, and the tensors of the graph that it reads
+    soft cap, then
+    proof.biases  ──>  score(s, b, h, i, j, *reads)
+    structure     ──>  lists of the blocks that keep anything, and of those that keep all
+
+Each function is written from the same expressions as a dense mask would be, so no tensor over queries and keys comes
+to be. Sites with equal masks share functions and lists.
+
+A sink is an extra key of value zero whose score is the sink itself. Where the kernel returns its log-sum-exp it is
+cheaper to rescale the result afterwards (lse.py); where it does not, that key is appended here, and no block is left
+out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from attnpass.graph import Builder, Shared, tensor
+from attnpass.layers import Dense, additive
+from attnpass.masks import MaskProof, dense
+from attnpass.masks.blocks import BLOCK, judged, listed
+from attnpass.masks.expr import TRUE, Expr, Fn, Load, Poly, Sym, Value, Var, walk
+from attnpass.masks.ranges import integer_bounds
+from attnpass.masks.render import Renderer, SizeNodes
+from attnpass.masks.structure import Structure
+from attnpass.prove import Proved
+from attnpass.reasons import Reason, reason
+from attnpass.site import BlockLists, Functions
+from attnpass.spec import EmptyRow
+
+aten = torch.ops.aten
+
+
+def obstacles(proved: Proved) -> Iterator[Reason]:
+    """Why a site's mask and biases cannot be given to a kernel as functions."""
+    site, proof = proved.site, proved.proof
+    if not proved.expressed or proof is None:
+        yield reason("not_expressed")
+        return
+    if any(node.meta.get("attnpass_grad", False) for node, _ in proof.loads):
+        yield reason("bias_gradient")
+    if site.spec.device == "cpu" and any(_symbolic(node) for node, _ in proof.loads):
+        yield reason("no_fused_form", detail="a mask of symbolic size on the CPU")
+    rows = site.spec.empty_rows is EmptyRow.MEAN and site.sink is None
+    if rows and site.spec.grad and site.softcap is not None and additive(site):
+        # the gradient of such a row is not linear in the scores any more (layers.py)
+        yield reason("empty_rows", detail="gradients through the soft cap")
+
+
+def _symbolic(node: Node) -> bool:
+    val = tensor(node)
+    return val is None or not all(isinstance(size, int) for size in val.shape)
+
+
+def functions(b: Builder, proved: Proved, shared: Shared, *, sink: Node | None = None) -> Functions:
+    """The functions of a site that has no obstacles; `sink` is to be an extra key, behind the others."""
+    site, proof = proved.site, proved.proof
+    assert proof is not None
+    q = tensor(site.q.node)
+    assert q is not None
+    writer = _Writer(b, proof, q.device)
+    keep, keep_reads = writer.function(("b", "h", "i", "j"), [proof.keep], lambda f: _keep(f, proof, sink))
+    biases = [a.bias.value for a in proof.biases]
+    score, score_reads = writer.function(
+        ("score", "b", "h", "i", "j"), biases, lambda f: _score(f, proof, site.softcap, sink)
+    )
+    key = (proof.keep, proof.frame.lengths, q.device, sink)
+    cap = (site.softcap, tuple((a.bias.value, a.term.factor) for a in proof.biases))
+    return Functions(
+        score=shared.get(("score", *key, cap, score_reads), b, lambda: b.module(score)),
+        score_reads=score_reads,
+        keep=shared.get(("keep function", *key, keep_reads), b, lambda: b.module(keep)),
+        keep_reads=keep_reads,
+        blocks=_blocks(b, writer, shared, sink),
+    )
+
+
+def rows_with_a_key(b: Builder, proved: Proved, shared: Shared) -> Node:
+    """Where a query sees a key, (batch, heads, queries, 1), for a kernel that does not tell.
+
+    The mask is written out only to be reduced at once, which a compiler makes one loop of.
+    """
+    proof = proved.proof
+    q = tensor(proved.site.q.node)
+    assert proof is not None
+    assert q is not None
+    nodes = {load.source: node for node, load in proof.loads}
+
+    def render() -> Node:
+        keep = dense(proof.keep, b, proof.frame, proof.sizes, nodes, device=q.device)
+        return b.call(aten.any.dim, keep, -1, True)
+
+    return shared.get(("rows", proof.keep, proof.frame.lengths, q.device), b, render)
+
+
+def answers(proved: Proved, alive: Node) -> Dense:
+    """How the rows without a key are answered."""
+    site = proved.site
+    return Dense(mask=None, alive=alive, answer=site.spec.empty_rows, flows=site.spec.grad and additive(site))
+
+
+# -- functions ---------------------------------------------------------------------------------------------------------
+
+
+class _Writer:
+    """Writes functions that read the tensors and sizes of one graph."""
+
+    def __init__(self, b: Builder, proof: MaskProof, device: torch.device) -> None:
+        self.proof = proof
+        self.device = device
+        self.nodes = {load.source: node for node, load in proof.loads}
+        self.find = SizeNodes(b, proof.sizes)
+
+    def function(
+        self, names: tuple[str, ...], exprs: Sequence[Value], body: Callable[[_Body], Node]
+    ) -> tuple[GraphModule, tuple[Node, ...]]:
+        graph = Graph()
+        args = {name: graph.placeholder(name) for name in names}
+        written = _Body(self, graph, args, [])
+        if not all(map(_narrow, exprs)):
+            for name in ("b", "h", "i", "j"):
+                args[name] = written.call(aten.to.dtype, args[name], torch.int64)
+        graph.output(body(written))
+        return GraphModule(torch.nn.Module(), graph), tuple(written.reads)
+
+
+@dataclass
+class _Body:
+    """A function while it is being written: its own graph, its arguments, and what it reads besides."""
+
+    writer: _Writer
+    graph: Graph
+    args: dict[str, Node]
+    reads: list[Node]
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:
+        return self.graph.call_function(target, args, kwargs)
+
+    def read(self, outer: Any) -> Any:
+        """Something of the graph around as an argument; numbers stay numbers."""
+        if not isinstance(outer, Node):
+            return outer
+        name = f"read{self.reads.index(outer) if outer in self.reads else len(self.reads)}"
+        known = next((node for node in self.graph.nodes if node.target == name), None)
+        if known is None:
+            self.reads.append(outer)
+            last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+            with self.graph.inserting_after(last):
+                known = self.graph.placeholder(name)
+        return known
+
+    def render(self, expr: Value, dtype: torch.dtype, j: Node) -> Node:
+        proof, nodes = self.writer.proof, self.writer.nodes
+        render = Renderer(
+            self.call,
+            indices={**self.args, "j": j},
+            size=lambda sym: self.read(self.writer.find(sym)),
+            tensor=lambda source: self.read(nodes[source]),
+            extents=lambda source: tuple(proof.sizes.poly(n) for n in nodes[source].meta["val"].shape),
+            device=self.writer.device,
+            scalar=lambda op, *args: self.call(op, *args) if any(isinstance(a, Node) for a in args) else op(*args),
+        )
+        out = render(expr, dtype)
+        assert isinstance(out, Node)
+        return out
+
+    def keys(self) -> Any:
+        """The number of keys without that of a sink."""
+        return self.read(self.writer.find.poly(self.writer.proof.frame.keys))
+
+
+def _narrow(e: Expr) -> bool:
+    """Everything computed from indices alone fits in the 32 bits that kernels give them; what is read has 64."""
+    return all(_fits(p) for p in walk(e) if isinstance(p, Poly))
+
+
+def _fits(p: Poly) -> bool:
+    total = 0
+    for mono, c in p.terms:
+        if any(isinstance(inner, Load | Fn) for atom in mono for inner in walk(atom)):
+            continue
+        low, high = integer_bounds(Poly({mono: 1}))
+        if low is None or high is None:
+            if len(mono) > 1 or not all(isinstance(atom, Var | Sym) for atom in mono):
+                return False
+            low, high = 0, 2**24  # a length of which nothing is known, or a position in it
+        total += abs(c) * max(abs(low), abs(high))
+    return total < 2**31
+
+
+def _keep(f: _Body, proof: MaskProof, sink: Node | None) -> Node:
+    j = f.args["j"]
+    if sink is None:
+        return f.render(proof.keep, torch.bool, j)
+    is_sink, inside = _beside(f)
+    return f.call(aten.logical_or.default, is_sink, f.render(proof.keep, torch.bool, inside))
+
+
+def _score(f: _Body, proof: MaskProof, cap: float | None, sink: Node | None) -> Node:
+    x, j = f.args["score"], f.args["j"]
+    if cap is not None:
+        x = f.call(aten.mul.Tensor, f.call(aten.tanh.default, f.call(aten.div.Tensor, x, cap)), cap)
+    is_sink, inside = _beside(f) if sink is not None else (None, j)
+    for added in proof.biases:
+        val = tensor(added.term.node)
+        assert val is not None
+        bias = f.render(added.bias.value, val.dtype, inside)
+        if added.term.factor != 1.0:
+            bias = f.call(aten.mul.Tensor, bias, added.term.factor)
+        x = f.call(aten.add.Tensor, x, bias)
+    if sink is None:
+        return x
+    val = tensor(sink)
+    assert val is not None
+    zero = f.call(aten.mul.Tensor, j, 0)
+    at = [zero if size == 1 else f.args[name] for size, name in zip(val.shape[:3], "bhi", strict=True)]
+    return f.call(aten.where.self, is_sink, f.call(aten.index.Tensor, f.read(sink), [*at, zero]), x)
+
+
+def _beside(f: _Body) -> tuple[Node, Node]:
+    """Whether this key is the sink, and a key that every tensor has."""
+    keys = f.keys()
+    last = keys - 1 if isinstance(keys, int) else f.call(aten.sub.Tensor, keys, 1)
+    return f.call(aten.eq.Scalar, f.args["j"], keys), f.call(aten.clamp.default, f.args["j"], None, last)
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None) -> BlockLists | None:
+    proof, device = writer.proof, writer.device
+    structure, frame = proof.structure, proof.frame
+    if proof.keep == TRUE and sink is None:
+        return None
+    if sink is not None:
+        # the sink may be in the last block: nothing is left out, and no block does without the function
+        structure = Structure(residual=proof.keep)
+        batch, heads, queries, keys = frame.lengths
+        frame = replace(frame, lengths=(batch, heads, queries, keys + 1))
+
+    def make() -> BlockLists:
+        found = judged(structure, b, frame, proof.sizes, writer.nodes, device=device)
+        part = found.some
+        if found.full is not None:
+            part = b.call(aten.logical_and.default, part, b.call(aten.logical_not.default, found.full))
+        return BlockLists(
+            size=BLOCK,
+            part_rows=listed(b.call, part),
+            part_columns=listed(b.call, _turned(b, part)),
+            full_rows=None if found.full is None else listed(b.call, found.full),
+            full_columns=None if found.full is None else listed(b.call, _turned(b, found.full)),
+        )
+
+    key = ("blocks", structure, frame.lengths, tuple(writer.nodes.values()), device)
+    return shared.all(key, b, make, _nodes)
+
+
+def _turned(b: Builder, blocks: Node) -> Node:
+    return b.call(aten.transpose.int, blocks, -2, -1)
+
+
+def _nodes(lists: BlockLists) -> Iterator[Node]:
+    for pair in (lists.part_rows, lists.part_columns, lists.full_rows, lists.full_columns):
+        yield from pair or ()

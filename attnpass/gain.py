@@ -1,0 +1,72 @@
+"""Whether a fused call that is there already is worth writing anew.
+
+    the mask is gone           nothing is left of it, or the kernel knows it by a flag: no tensor is made or read
+    the mask is a function     of which the kernel skips what it takes away, if that is expected to be faster
+    heads are not repeated     k and v are read as they were before, and the kernel shares them
+
+Nothing else counts: the same call in other words is left alone, so a rewritten graph is not rewritten again.
+
+What a call answers for a query without any key differs between torch's own kernels (0, NaN or the mean, by the
+spelling of the mask, the device and the direction). So unless it is proved that there is none, the mask has to stay
+the very tensor that it is, and the call must be one for which torch takes the same kernel as before.
+"""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from attnpass.cost import native_us
+from attnpass.graph import is_one, same, tensor
+from attnpass.kernels import Kernel
+from attnpass.kernels.native import Native
+from attnpass.prove import Proved
+from attnpass.recognize.ops import bound
+from attnpass.site import Site
+from attnpass.spec import AttentionSpec, EmptyRow, is_causal
+
+
+def gained(proved: Proved, kernel: Kernel) -> bool:
+    """This kernel in place of the call reads less than the call does, and answers the same."""
+    site = proved.site
+    if site.obstacles or (site.causal and not kernel.can.causal):
+        return False
+    spec, args = site.spec, bound(site.anchor)
+    mask = args["attn_mask"]
+    sure = spec.empty_rows is EmptyRow.IMPOSSIBLE
+    if kernel.takes == "functions":
+        return mask is not None and sure and proved.structured and _faster(kernel, spec)
+    known = proved.expressed and not spec.bias and (spec.mask.empty or (kernel.can.causal and is_causal(spec)))
+    if mask is not None and known:
+        return sure
+    # the mask goes to the kernel as it is: not in a narrower dtype, nor q, k and v in a wider one
+    if not all(bias.exact for bias in spec.bias) or not (sure or _same_kernel(site, kernel)):
+        return False
+    repeated = site.k.node is not args["key"] or site.v.node is not args["value"]
+    return repeated and kernel.shares_heads(spec)
+
+
+def _faster(kernel: Kernel, spec: AttentionSpec) -> bool:
+    here, there = native_us(spec), kernel.cost(spec)
+    return here is not None and there is not None and there < here
+
+
+def _same_kernel(site: Site, kernel: Kernel) -> bool:
+    """Torch takes its fused kernel for the CPU now, and will again: those are its conditions."""
+    args = bound(site.anchor)
+    given = [tensor(args[name]) for name in ("query", "key", "value")]
+    mask = args["attn_mask"]
+    assert isinstance(mask, Node)
+    read = tensor(mask)
+    q, k, v = (t for t in given if t is not None)
+    return (
+        isinstance(kernel, Native)
+        and site.spec.device == "cpu"
+        and site.dropout == 0.0
+        and all(t.dim() == 4 and is_one(t.stride(-1)) for t in (q, k, v))
+        and all(same(a, b) for t in (k, v) for a, b in ((t.shape[0], q.shape[0]), (t.shape[3], q.shape[3])))
+        and same(k.shape[1], v.shape[1])
+        and (bool(args["enable_gqa"]) or same(k.shape[1], q.shape[1]))
+        and read is not None
+        and read.dim() in (2, 4)
+        and not mask.meta.get("attnpass_grad", False)
+    )

@@ -1,0 +1,207 @@
+"""FlexAttention: inductor writes a kernel around a mask and a change of scores that are given as functions.
+
+The call is torch's own higher-order operation, as ``torch.nn.attention.flex_attention`` would leave it in a graph:
+
+    flex_attention(q, k, v, score, (lengths, lists of blocks, sizes of blocks, keep), scale, options, reads, reads)
+        -> (result, log-sum-exp to the base 2, greatest scores)
+
+Only a compiler makes a fused kernel of it: run as it stands it computes all scores. The tuple of blocks is torch's own
+affair and has changed between releases, so its order is taken from torch's ``BlockMask``.
+
+Limits: on the CPU it has neither a backward nor the log-sum-exp; on CUDA heads are at least 16 wide.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from attnpass.cost import flex_us
+from attnpass.errors import first_line
+from attnpass.graph import Builder, value
+from attnpass.kernels.base import Capabilities, Kernel
+from attnpass.reasons import Reason, reason
+from attnpass.site import BlockLists, Call, Functions
+from attnpass.spec import AttentionSpec
+
+aten = torch.ops.aten
+_WHOLE = 1 << 30  # a block that holds every length: torch's sign for "nothing is masked"
+_NARROWEST = 16  # what a Triton product takes
+_WIDEST = {"float32": 128}  # what fits into a multiprocessor's shared memory, with a backward
+
+
+class Flex(Kernel):
+    """``torch.ops.higher_order.flex_attention``."""
+
+    name = "flex"
+    takes = "functions"
+    can = Capabilities(
+        devices=frozenset({"cpu", "cuda"}),
+        dtypes=frozenset({"float16", "bfloat16", "float32"}),
+        max_width=256,
+        unlike_widths=True,
+        groups=True,
+        dense_mask=True,
+        softcap=True,
+        sink=True,
+        backward=True,
+    )
+
+    def version(self) -> str:
+        return torch.__version__
+
+    def available(self) -> Reason | None:
+        try:
+            from torch.nn.attention.flex_attention import BlockMask, _apply_kernel_options  # noqa: F401
+        except ImportError as error:
+            return reason("unavailable", detail=f"this torch has no FlexAttention: {first_line(error)}")
+        return None
+
+    def refusals(self, spec: AttentionSpec) -> Iterator[Reason]:
+        yield from super().refusals(spec)
+        if not isinstance(spec.q[1], int) or not isinstance(spec.k[1], int):
+            yield reason("no_fused_form", detail="a symbolic number of heads")
+        if spec.device == "cpu":
+            if spec.grad:
+                yield reason("grad", detail="on the CPU")
+            if any(isinstance(size, str) for size in (*spec.q, *spec.k, *spec.v)):
+                # the code that inductor writes for the CPU uses sizes that it does not declare (torch 2.13)
+                yield reason("no_fused_form", detail="symbolic sizes on the CPU")
+            if not _vectors():
+                yield reason("no_fused_form", detail="a CPU or system that inductor has no template for")
+        else:
+            for width in {w for w in (spec.qk_width, spec.v_width) if isinstance(w, int)}:
+                if not _NARROWEST <= width <= _WIDEST.get(spec.dtype, width):
+                    yield reason("head_width", detail=f"{width} in {spec.dtype} on CUDA")
+            mask = spec.mask
+            symbolic = isinstance(spec.queries, str) or isinstance(spec.keys, str) or isinstance(spec.q[0], str)
+            if symbolic and (mask.key_padding or mask.document or mask.dense):
+                yield reason("kernel_bug", detail="NaN with symbolic sizes and a mask that reads data (pytorch#186775)")
+            if spec.device == "cuda" and not _triton():
+                yield reason("unavailable", detail="Triton is not installed, or does not know this GPU")
+
+    def gives_lse(self, spec: AttentionSpec) -> bool:
+        return spec.device != "cpu"
+
+    def cost(self, spec: AttentionSpec) -> float | None:
+        return flex_us(spec)
+
+    def emit(self, b: Builder, call: Call) -> Node:
+        out = b.call(operator.getitem, _call(b, call, lse=False), 0)
+        return b.call(_apart(), out) if call.spec.device == "cpu" else out
+
+    def emit_with_lse(self, b: Builder, call: Call) -> tuple[Node, Node]:
+        results = _call(b, call, lse=True)
+        base_2 = b.call(operator.getitem, results, 1)
+        return b.call(operator.getitem, results, 0), b.call(aten.mul.Tensor, base_2, math.log(2.0))
+
+
+def _triton() -> bool:
+    from torch.utils._triton import has_triton
+
+    return bool(has_triton())
+
+
+def _vectors() -> bool:
+    """Inductor's template for the CPU is there: its own conditions."""
+    return torch.cpu._is_avx2_supported() and os.getenv("ATEN_CPU_CAPABILITY") != "default" and sys.platform != "darwin"
+
+
+@functools.cache
+def _apart() -> Callable[..., Any]:
+    """A copy that inductor does not look into.
+
+    Its template for the CPU raises when what follows is fused with it (torch 2.13: "Unsupported for `epilogue_nodes`"),
+    and any pointwise operation of the model may follow.
+    """
+
+    def apart(x: torch.Tensor) -> torch.Tensor:
+        return x.clone()
+
+    torch.library.custom_op("attnpass::apart", apart, mutates_args=()).register_fake(torch.clone)
+    return torch.ops.attnpass.apart.default
+
+
+def _call(b: Builder, call: Call, *, lse: bool) -> Node:
+    from torch.nn.attention.flex_attention import _apply_kernel_options
+
+    functions = call.functions
+    assert functions is not None
+    with torch.set_grad_enabled(b.state.grad):  # decides whether a backward is prepared for
+        options = _apply_kernel_options(value(call.q), value(call.k), value(call.v), lse or call.spec.grad, None)
+    return b.call(
+        torch.ops.higher_order.flex_attention,
+        call.q,
+        call.k,
+        call.v,
+        functions.score,
+        _blocks(b, call, functions),
+        call.scale,
+        dict(options),
+        functions.score_reads,
+        functions.keep_reads,
+    )
+
+
+def _blocks(b: Builder, call: Call, functions: Functions) -> tuple[Any, ...]:
+    """torch's tuple of blocks, with nodes in it: a BlockMask over their values tells the order."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    lists = functions.blocks or _one_block(b, call)
+    pairs = {
+        "kv_num_blocks": lists.part_rows[0],
+        "kv_indices": lists.part_rows[1],
+        "q_num_blocks": lists.part_columns[0],
+        "q_indices": lists.part_columns[1],
+        "full_kv_num_blocks": lists.full_rows[0] if lists.full_rows else None,
+        "full_kv_indices": lists.full_rows[1] if lists.full_rows else None,
+        "full_q_num_blocks": lists.full_columns[0] if lists.full_columns else None,
+        "full_q_indices": lists.full_columns[1] if lists.full_columns else None,
+    }
+    node_of = {id(value(node)): node for node in pairs.values() if node is not None}
+    known = BlockMask(
+        seq_lengths=(-1, -2),
+        BLOCK_SIZE=(lists.size, lists.size),
+        mask_mod=_stands_for_keep,
+        **{name: None if node is None else value(node) for name, node in pairs.items()},  # type: ignore[arg-type]
+    )
+    lengths = {-1: _length(b, call.q), -2: _length(b, call.k)} if functions.blocks else {-1: 1, -2: 1}
+
+    def node(entry: Any) -> Any:
+        if entry is _stands_for_keep:
+            return functions.keep
+        if isinstance(entry, torch.Tensor):
+            return node_of[id(entry)]
+        return lengths.get(entry, entry) if isinstance(entry, int) else entry
+
+    return tuple(node(entry) for entry in known.as_tuple())
+
+
+def _stands_for_keep(*index: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError
+
+
+def _one_block(b: Builder, call: Call) -> BlockLists:
+    """One block over everything, in which every score is looked at."""
+    device = value(call.q).device
+    many = b.call(aten.ones.default, [1, 1, 1], dtype=torch.int32, device=device)
+    which = b.call(aten.zeros.default, [1, 1, 1, 1], dtype=torch.int32, device=device)
+    # torch tells the arguments of a call apart by identity: nothing is passed twice
+    again = b.call(aten.ones.default, [1, 1, 1], dtype=torch.int32, device=device)
+    which_again = b.call(aten.zeros.default, [1, 1, 1, 1], dtype=torch.int32, device=device)
+    return BlockLists(
+        size=_WHOLE, part_rows=(many, which), full_rows=None, part_columns=(again, which_again), full_columns=None
+    )
+
+
+def _length(b: Builder, node: Node) -> int | Node:
+    size = value(node).shape[2]
+    return size if isinstance(size, int) else b.call(aten.sym_size.int, node, 2)
