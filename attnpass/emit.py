@@ -103,7 +103,7 @@ def _by_functions(
         spec=spec,
         functions=functions(b, proved, shared, sink=None if told else sink),
     )
-    empty = spec.empty_rows is not EmptyRow.IMPOSSIBLE and sink is None  # beside a sink such a row is zero
+    empty = site.rows is not EmptyRow.IMPOSSIBLE and sink is None  # beside a sink it is zero
     out, lse = kernel.emit_with_lse(b, call) if told and (empty or sink is not None) else (kernel.emit(b, call), None)
     if sink is not None and lse is not None:
         return sunk(b, out, lse, sink)

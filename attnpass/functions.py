@@ -23,10 +23,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attnpass.graph import Builder, Shared, tensor
+from attnpass.kernels.ops import apart
 from attnpass.layers import Dense, additive
 from attnpass.masks import MaskProof, dense
 from attnpass.masks.blocks import BLOCK, judged, listed
-from attnpass.masks.expr import TRUE, Expr, Fn, Load, Poly, Sym, Value, Var, walk
+from attnpass.masks.expr import Expr, Fn, Load, Poly, Sym, Value, Var, walk
 from attnpass.masks.ranges import integer_bounds
 from attnpass.masks.render import Renderer, SizeNodes
 from attnpass.masks.structure import Structure
@@ -48,8 +49,8 @@ def obstacles(proved: Proved) -> Iterator[Reason]:
         yield reason("bias_gradient")
     if site.spec.device == "cpu" and any(_symbolic(node) for node, _ in proof.loads):
         yield reason("no_fused_form", detail="a mask of symbolic size on the CPU")
-    rows = site.spec.empty_rows is EmptyRow.MEAN and site.sink is None
-    if rows and site.spec.grad and site.softcap is not None and additive(site):
+    answered = site.rows is EmptyRow.MEAN and site.sink is None
+    if answered and site.spec.grad and site.softcap is not None and additive(site):
         # the gradient of such a row is not linear in the scores any more (layers.py)
         yield reason("empty_rows", detail="gradients through the soft cap")
 
@@ -71,12 +72,12 @@ def functions(b: Builder, proved: Proved, shared: Shared, *, sink: Node | None =
     score, score_reads = writer.function(
         ("score", "b", "h", "i", "j"), biases, lambda f: _score(f, proof, site.softcap, sink)
     )
-    key = (proof.keep, proof.frame.lengths, q.device, sink)
-    cap = (site.softcap, tuple((a.bias.value, a.term.factor) for a in proof.biases))
+    key = (proof.frame.lengths, q.device, sink)
+    change = (site.softcap, *((a.bias.value, a.term.factor) for a in proof.biases))
     return Functions(
-        score=shared.get(("score", *key, cap, score_reads), b, lambda: b.module(score)),
+        score=shared.get(("score", *key, change, score_reads), b, lambda: b.module(score)),
         score_reads=score_reads,
-        keep=shared.get(("keep function", *key, keep_reads), b, lambda: b.module(keep)),
+        keep=shared.get(("keep function", *key, proof.keep, keep_reads), b, lambda: b.module(keep)),
         keep_reads=keep_reads,
         blocks=_blocks(b, writer, shared, sink),
     )
@@ -103,7 +104,7 @@ def rows_with_a_key(b: Builder, proved: Proved, shared: Shared) -> Node:
 def answers(proved: Proved, alive: Node) -> Dense:
     """How the rows without a key are answered."""
     site = proved.site
-    return Dense(mask=None, alive=alive, answer=site.spec.empty_rows, flows=site.spec.grad and additive(site))
+    return Dense(mask=None, alive=alive, answer=site.rows, flows=site.spec.grad and additive(site))
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------
@@ -234,11 +235,9 @@ def _beside(f: _Body) -> tuple[Node, Node]:
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None) -> BlockLists | None:
+def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None) -> BlockLists:
     proof, device = writer.proof, writer.device
     structure, frame = proof.structure, proof.frame
-    if proof.keep == TRUE and sink is None:
-        return None
     if sink is not None:
         # the sink may be in the last block: nothing is left out, and no block does without the function
         structure = Structure(residual=proof.keep)
@@ -252,14 +251,19 @@ def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None) -> B
             part = b.call(aten.logical_and.default, part, b.call(aten.logical_not.default, found.full))
         return BlockLists(
             size=BLOCK,
-            part_rows=listed(b.call, part),
-            part_columns=listed(b.call, _turned(b, part)),
-            full_rows=None if found.full is None else listed(b.call, found.full),
-            full_columns=None if found.full is None else listed(b.call, _turned(b, found.full)),
+            part_rows=_listed(b, part),
+            part_columns=_listed(b, _turned(b, part)),
+            full_rows=None if found.full is None else _listed(b, found.full),
+            full_columns=None if found.full is None else _listed(b, _turned(b, found.full)),
         )
 
     key = ("blocks", structure, frame.lengths, tuple(writer.nodes.values()), device)
     return shared.all(key, b, make, _nodes)
+
+
+def _listed(b: Builder, blocks: Node) -> tuple[Node, Node]:
+    many, which = listed(b.call, blocks)
+    return b.call(apart(), many), b.call(apart(), which)
 
 
 def _turned(b: Builder, blocks: Node) -> Node:

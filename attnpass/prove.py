@@ -80,7 +80,8 @@ def _prove(site: Site, masks: Masks, held: frozenset[str]) -> Proved:
             for b, (_, term) in zip(site.spec.bias, _added(site.layers, terms), strict=True)
             if term is None or not term.bias.droppable
         ),
-        empty_rows=site.spec.empty_rows if rows is None else rows,
+        # whatever fills such a row, beside a sink it weighs nothing
+        empty_rows=site.spec.empty_rows if rows is None else rows if sure or site.sink is None else EmptyRow.ZERO,
     )
     assumed = tuple(a for a in site.assumptions if not (sure and a == NO_GRADIENT))
     site = dataclasses.replace(

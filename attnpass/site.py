@@ -162,7 +162,7 @@ class Functions:
     score_reads: tuple[Node, ...]
     keep: Node  # (b, h, i, j, *keep_reads) -> bool
     keep_reads: tuple[Node, ...]
-    blocks: BlockLists | None  # None: nothing is masked
+    blocks: BlockLists
 
 
 @dataclass(frozen=True, kw_only=True)

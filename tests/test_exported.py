@@ -235,8 +235,19 @@ def test_a_decomposed_program_is_rewritten() -> None:
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+AOT = """
+import sys, torch
+program = torch.export.export(torch.nn.ReLU(), (torch.ones(3),))
+package = torch._inductor.aoti_compile_and_package(program, package_path=sys.argv[1])
+torch._inductor.aoti_load_package(package)
+"""
+
+
 @pytest.mark.slow
 def test_a_rewritten_program_compiles_with_aot_inductor(tmp_path: Path) -> None:
+    works = subprocess.run([sys.executable, "-c", AOT, str(tmp_path / "relu.pt2")], capture_output=True, check=False)
+    if works.returncode:
+        pytest.skip(f"AOTInductor itself does not work here: a program of one relu ends with {works.returncode}")
     model = Attention()
     program, report = attnpass.rewrite(dynamic(model))
     assert report.replaced == 1

@@ -13,12 +13,11 @@ Limits: on the CPU it has neither a backward nor the log-sum-exp; on CUDA heads 
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,13 +27,16 @@ from attnpass.cost import flex_us
 from attnpass.errors import first_line
 from attnpass.graph import Builder, value
 from attnpass.kernels.base import Capabilities, Kernel
+from attnpass.kernels.ops import apart
 from attnpass.reasons import Reason, reason
-from attnpass.site import BlockLists, Call, Functions
+from attnpass.site import Call, Functions
 from attnpass.spec import AttentionSpec
 
 aten = torch.ops.aten
-_WHOLE = 1 << 30  # a block that holds every length: torch's sign for "nothing is masked"
 _NARROWEST = 16  # what a Triton product takes
+# Narrower heads go through a product that, where eight keys are left over, computes sixteen (torch 2.13, AVX2): plain
+# flex_attention of 200 keys and width 16 is wrong or NaN.
+_NARROWEST_CPU = 24
 _WIDEST = {"float32": 128}  # what fits into a multiprocessor's shared memory, with a backward
 
 
@@ -75,6 +77,8 @@ class Flex(Kernel):
             if any(isinstance(size, str) for size in (*spec.q, *spec.k, *spec.v)):
                 # the code that inductor writes for the CPU uses sizes that it does not declare (torch 2.13)
                 yield reason("no_fused_form", detail="symbolic sizes on the CPU")
+            if isinstance(spec.qk_width, int) and spec.qk_width < _NARROWEST_CPU:
+                yield reason("kernel_bug", detail="on the CPU it writes beyond the scores of heads this narrow")
             if not _vectors():
                 yield reason("no_fused_form", detail="a CPU or system that inductor has no template for")
         else:
@@ -96,7 +100,7 @@ class Flex(Kernel):
 
     def emit(self, b: Builder, call: Call) -> Node:
         out = b.call(operator.getitem, _call(b, call, lse=False), 0)
-        return b.call(_apart(), out) if call.spec.device == "cpu" else out
+        return b.call(apart(), out) if call.spec.device == "cpu" else out
 
     def emit_with_lse(self, b: Builder, call: Call) -> tuple[Node, Node]:
         results = _call(b, call, lse=True)
@@ -113,21 +117,6 @@ def _triton() -> bool:
 def _vectors() -> bool:
     """Inductor's template for the CPU is there: its own conditions."""
     return torch.cpu._is_avx2_supported() and os.getenv("ATEN_CPU_CAPABILITY") != "default" and sys.platform != "darwin"
-
-
-@functools.cache
-def _apart() -> Callable[..., Any]:
-    """A copy that inductor does not look into.
-
-    Its template for the CPU raises when what follows is fused with it (torch 2.13: "Unsupported for `epilogue_nodes`"),
-    and any pointwise operation of the model may follow.
-    """
-
-    def apart(x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
-
-    torch.library.custom_op("attnpass::apart", apart, mutates_args=()).register_fake(torch.clone)
-    return torch.ops.attnpass.apart.default
 
 
 def _call(b: Builder, call: Call, *, lse: bool) -> Node:
@@ -155,7 +144,7 @@ def _blocks(b: Builder, call: Call, functions: Functions) -> tuple[Any, ...]:
     """torch's tuple of blocks, with nodes in it: a BlockMask over their values tells the order."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    lists = functions.blocks or _one_block(b, call)
+    lists = functions.blocks
     pairs = {
         "kv_num_blocks": lists.part_rows[0],
         "kv_indices": lists.part_rows[1],
@@ -173,7 +162,7 @@ def _blocks(b: Builder, call: Call, functions: Functions) -> tuple[Any, ...]:
         mask_mod=_stands_for_keep,
         **{name: None if node is None else value(node) for name, node in pairs.items()},  # type: ignore[arg-type]
     )
-    lengths = {-1: _length(b, call.q), -2: _length(b, call.k)} if functions.blocks else {-1: 1, -2: 1}
+    lengths = {-1: _length(b, call.q), -2: _length(b, call.k)}
 
     def node(entry: Any) -> Any:
         if entry is _stands_for_keep:
@@ -187,19 +176,6 @@ def _blocks(b: Builder, call: Call, functions: Functions) -> tuple[Any, ...]:
 
 def _stands_for_keep(*index: torch.Tensor) -> torch.Tensor:
     raise NotImplementedError
-
-
-def _one_block(b: Builder, call: Call) -> BlockLists:
-    """One block over everything, in which every score is looked at."""
-    device = value(call.q).device
-    many = b.call(aten.ones.default, [1, 1, 1], dtype=torch.int32, device=device)
-    which = b.call(aten.zeros.default, [1, 1, 1, 1], dtype=torch.int32, device=device)
-    # torch tells the arguments of a call apart by identity: nothing is passed twice
-    again = b.call(aten.ones.default, [1, 1, 1], dtype=torch.int32, device=device)
-    which_again = b.call(aten.zeros.default, [1, 1, 1, 1], dtype=torch.int32, device=device)
-    return BlockLists(
-        size=_WHOLE, part_rows=(many, which), full_rows=None, part_columns=(again, which_again), full_columns=None
-    )
 
 
 def _length(b: Builder, node: Node) -> int | Node:

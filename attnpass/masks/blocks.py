@@ -81,7 +81,7 @@ class Judge:
         if structure.keys != TRUE:
             parts.append(self._keys(structure))
         parts += [self._document(document) for document in structure.documents]
-        parts += [self._there(axis) for axis in ("i", "j") if not parts or not isinstance(self.length(axis), int)]
+        parts += [self._there(axis) for axis in ("i", "j") if not parts or not self._even(axis)]
         shape = [-1, -1, self.count("i"), self.count("j")]
         some = self._all([part.some for part in parts], shape)
         full = self._all([part.full for part in parts], shape) if structure.residual == TRUE else None
@@ -127,9 +127,17 @@ class Judge:
         positions = self.call(aten.arange.default, total, device=self.device)
         return self.call(aten.reshape.default, self._inside(positions, axis), [1, 1, -1, self.size])
 
+    def _even(self, axis: str) -> bool:
+        """Known to be made of whole blocks."""
+        length = self.length(axis)
+        return isinstance(length, int) and length % self.size == 0
+
     def _there(self, axis: str) -> Judged:
-        there = self.call(aten.lt.Scalar, self.ends(axis)[0], self.length(axis))
-        return Judged(some=there, full=there)
+        # a short block is never full, as torch has it: kernels look at the end of a tensor in partial blocks
+        (first, _), length = self.ends(axis), self.length(axis)
+        some = self.call(aten.lt.Scalar, first, length)
+        beyond = self.call(aten.add.Tensor, first, self.size)
+        return Judged(some=some, full=self.call(aten.le.Scalar, beyond, length))
 
     # -- conjuncts -----------------------------------------------------------------------------------------------------
 

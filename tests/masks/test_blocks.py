@@ -84,8 +84,13 @@ class Scene:
         rows = seen.split(BLOCK, 2)
         cells = [row.split(BLOCK, 3) for row in rows]
         some = torch.stack([torch.stack([c.any(-1).any(-1) for c in row], -1) for row in cells], -2)
-        full = torch.stack([torch.stack([c.all(-1).all(-1) for c in row], -1) for row in cells], -2)
+        # a short block is not full, as torch has it
+        full = torch.stack([torch.stack([c.all(-1).all(-1) & whole_block(c) for c in row], -1) for row in cells], -2)
         return some, full
+
+
+def whole_block(cell: Tensor) -> bool:
+    return cell.shape[-2:] == (BLOCK, BLOCK)
 
 
 lengths = st.tuples(st.integers(2, 40), st.integers(2, 40))

@@ -1,0 +1,435 @@
+"""FlexAttention: masks and scores as functions, blocks, sinks, rows without a key; on the CPU.
+
+Most tests run the rewritten graph as it stands, where the operation computes all scores by itself, gradients included:
+that shows what was written into the graph. A few compile it, as users do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils.checkpoint import checkpoint
+
+import attnpass
+from attnpass import choose
+from attnpass.capture import frames
+from attnpass.capture.dynamo import backend
+from attnpass.cost import flex_us, native_us
+from attnpass.kernels import flex
+from attnpass.kernels.flex import Flex
+from attnpass.ledger import Report
+from attnpass.spec import AttentionSpec, EmptyRow, MaskSpec
+from tests.flex_cases import CASES, Attention, Case, capped, grid, inputs, masked, scores, weighted
+from tests.zoo.numbers import complaints, run, truth
+
+HOP = torch.ops.higher_order.flex_attention
+by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+@pytest.fixture(autouse=True)
+def _fresh(fresh_dynamo: None) -> Iterator[None]:
+    attnpass.reset()
+    yield
+    attnpass.reset()
+
+
+@pytest.fixture
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that is written on CUDA: with gradients and the log-sum-exp, which the operation by itself has here."""
+    refusals = Flex.refusals
+
+    def fewer(self: Flex, spec: AttentionSpec) -> list[Any]:
+        return [r for r in refusals(self, spec) if r.code != "grad" and "symbolic sizes on the CPU" not in r.text]
+
+    monkeypatch.setattr(Flex, "refusals", fewer)
+    monkeypatch.setattr(Flex, "gives_lse", lambda self, spec: True)
+    monkeypatch.setattr(flex, "apart", lambda: torch.ops.aten.clone.default)
+
+
+class Flexed:
+    """A function compiled with the pass, FlexAttention being the only kernel, and the graphs that came of it."""
+
+    def __init__(self, function: Callable[..., Any], *, inner: str = "eager", dynamic: bool | None = False) -> None:
+        self.graphs: list[GraphModule] = []
+        self.reports: list[Report] = []
+        self.inner = inner
+        self.compiled = torch.compile(function, backend=self._backend, fullgraph=True, dynamic=dynamic)
+
+    def _backend(self, gm: GraphModule, example_inputs: list[Any]) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(choose, "kernels", lambda: (Flex(),))
+            done = frames.process(
+                gm, example_inputs, name="graph", policy=attnpass.Policy(), rewrite=True, compiled=True
+            )
+        self.graphs.append(gm)
+        self.reports.append(done.report)
+        return lookup_backend(self.inner)(gm, example_inputs)
+
+    def __call__(self, *args: Any) -> Any:
+        return self.compiled(*args)
+
+    @property
+    def gm(self) -> GraphModule:
+        (gm,) = self.graphs
+        return gm
+
+    @property
+    def kernels(self) -> list[str | None]:
+        assert not any(report.failures for report in self.reports)
+        return [site.kernel for report in self.reports for site in report.sites]
+
+
+def calls(gm: GraphModule) -> list[Node]:
+    return [node for node in gm.graph.nodes if node.target is HOP]
+
+
+def held_to_float64(module: nn.Module, given: tuple[Tensor, ...], call: Callable[..., Any], *, grad: bool) -> list[str]:
+    with contextlib.nullcontext() if grad else torch.no_grad():
+        mine = run(module, given, call=call, grad=grad)
+        return complaints(mine, run(module, given, grad=grad), truth(module, given, grad=grad))
+
+
+# -- what is written ---------------------------------------------------------------------------------------------------
+
+
+@by_case
+def test_a_case_computes_the_same(case: Case) -> None:
+    module = Attention(case)
+    found = Flexed(module)
+    assert not held_to_float64(module, inputs(), found, grad=False)
+    assert found.kernels == ["flex"]
+
+
+@by_case
+def test_a_case_computes_the_same_in_the_form_for_cuda(case: Case, as_on_cuda: None) -> None:
+    module = Attention(case)
+    found = Flexed(module)
+    assert not held_to_float64(module, inputs(grad=case.grad), found, grad=case.grad)
+    assert found.kernels == ["flex"]
+
+
+@by_case
+def test_no_tensor_over_queries_and_keys_is_left(case: Case, as_on_cuda: None) -> None:
+    given, found = inputs(200), Flexed(Attention(case))
+    with torch.no_grad():
+        found(*given)
+    shapes = {node.name: node.meta.get("example_value") for node in found.gm.graph.nodes if node.op != "placeholder"}
+    large = [n for n, x in shapes.items() if isinstance(x, Tensor) and x.dim() >= 2 and x.shape[-2:] == (200, 200)]
+    assert not large
+    assert "softmax" not in found.gm.code
+
+
+@pytest.mark.parametrize(("queries", "length"), [(1, 300), (7, 130), (130, 260), (128, 128), (129, 257)])
+def test_other_lengths(queries: int, length: int, as_on_cuda: None) -> None:
+    cases = [case for case in CASES if case.grad]
+    module = Attention(*cases)
+    found = Flexed(module)
+    given = inputs(length, queries=queries, grad=True)
+    assert not held_to_float64(module, given, found, grad=True)
+    assert set(found.kernels) == {"flex"}
+
+
+def test_widths_of_keys_and_values_may_differ(as_on_cuda: None) -> None:
+    module = Attention(*(case for case in CASES if case.grad))
+    found = Flexed(module)
+    assert not held_to_float64(module, inputs(140, 24, v_width=40, grad=True), found, grad=True)
+
+
+def listed(gm: GraphModule, given: tuple[Tensor, ...]) -> list[tuple[Any, ...]]:
+    """The arguments that each flex_attention in a graph is called with."""
+    seen: list[tuple[Any, ...]] = []
+
+    class Recorder(Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is HOP:
+                seen.append(args)
+            return super().call_function(target, args, kwargs)
+
+    named = {f"l_inputs_{n}_": x for n, x in enumerate(given)}
+    wanted = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad():
+        Recorder(gm).run(*[named[name] for name in wanted])
+    return seen
+
+
+def dense_blocks(many: Tensor, which: Tensor) -> Tensor:
+    out = torch.zeros(which.shape, dtype=torch.bool)
+    for at in itertools.product(*map(range, many.shape)):
+        out[at][which[at][: int(many[at])].long()] = True
+    return out
+
+
+@by_case
+def test_blocks_are_those_of_torch(case: Case, as_on_cuda: None) -> None:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    given = inputs(300)
+    found = Flexed(Attention(case))
+    with torch.no_grad():
+        found(*given)
+    ((q, k, _, _, blocks, _, _, _, reads),) = listed(found.gm, given)
+    keep = blocks[-1]
+
+    def function(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        out: Tensor = keep(b, h, i, j, *reads)
+        return out
+
+    true = create_block_mask(function, 2, 1, q.shape[2], k.shape[2], device="cpu")
+    theirs = true.as_tuple()
+    assert len(theirs) == len(blocks)
+    assert blocks[:2] == theirs[:2]
+    assert blocks[-3:-1] == theirs[-3:-1]
+    part, full = dense_blocks(*blocks[2:4]), dense_blocks(*blocks[4:6]) if blocks[4] is not None else None
+    true_part, true_full = dense_blocks(*theirs[2:4]), dense_blocks(*theirs[4:6])
+    if full is None:
+        assert not (true_part & ~part).any()
+    elif case.exact:
+        assert torch.equal(part.expand_as(true_part), true_part)
+        assert torch.equal(full.expand_as(true_full), true_full)
+    else:
+        assert not (full & ~true_full).any()
+        assert not ((true_part | true_full) & ~(part | full)).any()
+        assert not (part & full).any()
+    for rows, columns in ((2, 6), (4, 8)):  # what the backward reads is the same, by keys
+        if blocks[rows] is not None:
+            by_rows, by_columns = dense_blocks(*blocks[rows : rows + 2]), dense_blocks(*blocks[columns : columns + 2])
+            assert torch.equal(by_rows, by_columns.mT)
+
+
+def test_sites_of_one_mask_share_functions_and_blocks(as_on_cuda: None) -> None:
+    def layers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = grid(q, k)
+        for keep in (j <= i, (j <= i) & (j > i - 50)) * 2:
+            q = weighted(masked(capped(scores(q, k)), keep), v, q)
+        return q
+
+    found, given = Flexed(layers), inputs(200, grad=True)[:3]
+    found(*given)
+    first, second, third, fourth = calls(found.gm)
+    assert [node.args[3] for node in (second, third, fourth)] == [first.args[3]] * 3
+    assert third.args[4] == first.args[4]
+    assert fourth.args[4] == second.args[4]
+    assert first.args[4] != second.args[4]
+    assert sum(node.target is torch.ops.aten.argsort.stable for node in found.gm.graph.nodes) == 8
+
+
+class SelfAttention(Attention):
+    """q, k and v from one tensor, so that they are of one length whatever it is."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        parts = x.view(*x.shape[:2], 8, 32).transpose(1, 2)
+        return super().forward(parts[:, :4], parts[:, 4:6], parts[:, 6:])
+
+
+def test_sizes_may_be_symbolic(as_on_cuda: None) -> None:
+    names = ("causal", "window", "chunks", "prefix", "cap_alone", "slopes")
+    module = SelfAttention(*(case for case in CASES if case.name in names))
+    found = Flexed(module, dynamic=None)
+
+    def marked(x: Tensor) -> Any:
+        torch._dynamo.mark_dynamic(x, 1)
+        return found(x)
+
+    for length in (200, 300, 128, 129):
+        assert not held_to_float64(module, (torch.randn(2, length, 256, requires_grad=True),), marked, grad=True)
+    assert found.kernels == ["flex"] * len(names)
+
+
+def test_symbolic_sizes_beside_data_are_left_alone(as_on_cuda: None) -> None:
+    (site,) = _dynamic_padding()
+    assert [r.code for v in site.verdicts for r in v.refusals] == ["no_fused_form"]
+
+
+def _dynamic_padding() -> tuple[Any, ...]:
+    found = Flexed(Attention(*(case for case in CASES if case.name == "padded")), dynamic=None)
+    given = inputs(200)
+    for x, dim in zip(given[:4], (2, 2, 2, 1), strict=True):
+        torch._dynamo.mark_dynamic(x, dim)
+    with torch.no_grad():
+        found(*given)
+    return found.reports[0].sites
+
+
+@pytest.mark.parametrize("inner", ["aot_eager"])
+def test_within_checkpoints(inner: str, as_on_cuda: None) -> None:
+    class Checkpointed(Attention):
+        def forward(self, *given: Tensor) -> Any:
+            return checkpoint(super().forward, *given, use_reentrant=False)
+
+    module = Checkpointed(*(case for case in CASES if case.name in ("window", "sink")))
+    found = Flexed(module, inner=inner)
+    assert not held_to_float64(module, inputs(grad=True), found, grad=True)
+    assert found.kernels == ["flex", "flex"]
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+def refusals(function: Any, given: tuple[Any, ...], inner: str = "inductor") -> list[str]:
+    """Why not FlexAttention."""
+    report = attnpass.audit(function, *given)
+    (site,) = report.sites
+    (verdict,) = [v for v in site.verdicts if v.kernel == "flex"]
+    return [r.code for r in verdict.refusals]
+
+
+def only(name: str) -> Attention:
+    return Attention(*(case for case in CASES if case.name == name))
+
+
+def test_an_audit_answers_as_for_inductor() -> None:
+    with torch.no_grad():
+        assert refusals(only("window"), inputs()) == []
+
+
+def test_training_on_the_cpu_is_refused() -> None:
+    assert refusals(only("window"), inputs(grad=True)) == ["grad"]
+
+
+def test_nothing_is_given_to_a_backend_that_would_not_fuse_it() -> None:
+    fast = torch.compile(only("window"), backend=backend, options={"inner": "eager"})
+    with torch.no_grad():
+        fast(*inputs())
+    (site,) = attnpass.report().sites
+    assert [[r.code for r in v.refusals] for v in site.verdicts if v.kernel == "flex"] == [["not_compiled"]]
+
+
+def test_nothing_is_written_into_an_exported_program() -> None:
+    program = torch.export.export(only("window"), inputs())
+    _, report = attnpass.rewrite(program)
+    assert "not_compiled" in [r.code for v in report.sites[0].verdicts for r in v.refusals]
+
+
+def test_a_bias_of_unknown_numbers_is_no_function() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return weighted(capped(scores(q, k)) + bias, v, q)
+
+    q, k, v, *_ = inputs()
+    with torch.no_grad():
+        assert refusals(attention, (q, k, v, torch.randn(2, 1, 200, 200))) == ["not_expressed"]
+
+
+def test_gradients_through_the_cap_of_a_row_without_a_key_are_refused(as_on_cuda: None) -> None:
+    found = Flexed(only("padded_and_capped"))
+    found(*inputs(grad=True))
+    assert [r.code for v in found.reports[0].sites[0].verdicts for r in v.refusals] == ["empty_rows"]
+
+
+def test_where_one_kernel_cannot_be_written_the_next_best_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Flex, "cost", lambda self, spec: 1.0)
+
+    def broken(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(Flex, "emit", broken)
+    with torch.no_grad():
+        report = attnpass.audit(only("causal"), *inputs())
+    assert [(site.kernel, site.reason) for site in report.sites] == [("native", None)]
+
+
+# -- which kernel ------------------------------------------------------------------------------------------------------
+
+
+NOTHING = MaskSpec()
+
+
+def spec(
+    mask: MaskSpec = NOTHING, *, length: int = 4096, batch: int = 2, width: int = 128, **more: Any
+) -> AttentionSpec:
+    shape = (batch, 16, length, width)
+    return AttentionSpec(
+        q=shape, k=shape, v=shape, dtype="bfloat16", device=more.pop("device", "cuda"), scale=0.1, mask=mask, **more
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "asked"),
+    [
+        ("native", spec()),
+        ("native", spec(MaskSpec(causal=0))),
+        ("native", spec(MaskSpec(key_padding=True), length=512, batch=32, width=64)),
+        ("native", spec(MaskSpec(causal=0, key_padding=True), length=32)),
+        ("flex", spec(MaskSpec(causal=0, window=(1023, None)), length=8192, batch=1)),
+        ("flex", spec(MaskSpec(causal=0, key_padding=True), empty_rows=EmptyRow.MEAN, length=2048, width=64)),
+        ("flex", spec(MaskSpec(causal=0, document=True))),
+        ("flex", spec(MaskSpec(window=(512, 512)), length=8192)),
+        ("flex", spec(MaskSpec(causal=0, chunk=1024), length=8192)),
+    ],
+)
+def test_the_cheaper_kernel(wanted: str, asked: AttentionSpec) -> None:
+    costs = {"native": native_us(asked), "flex": flex_us(asked)}
+    assert None not in costs.values()
+    assert min(costs, key=lambda name: costs[name] or 0.0) == wanted
+
+
+def test_nothing_is_said_of_devices_that_were_not_measured() -> None:
+    assert native_us(spec(device="cpu")) is None
+    assert flex_us(spec(device="mps")) is None
+
+
+# -- compiled ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_window_and_a_soft_cap_through_inductor() -> None:
+    module, given = only("window"), inputs()
+    fast = torch.compile(copy.deepcopy(module), backend=backend, fullgraph=True)
+    assert not held_to_float64(module, given, fast, grad=False)
+    assert [site.kernel for site in attnpass.report().sites] == ["flex"]
+
+
+@pytest.mark.slow
+def test_every_case_through_inductor() -> None:
+    module, given = Attention(*CASES), inputs()
+    found = Flexed(module, inner="inductor")
+    assert not held_to_float64(module, given, found, grad=False)
+    assert set(found.kernels) == {"flex"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_models_with_a_soft_cap_or_sinks(name: str) -> None:
+    from tests.models import torchvision_stub
+
+    torchvision_stub.ensure()
+    pytest.importorskip("transformers")
+    model = _model(name)
+    ids = torch.randint(1, 99, (2, 150))
+    seen = torch.ones(2, 150, dtype=torch.long)
+    seen[0, :37] = 0
+    fast = torch.compile(model, backend=backend)
+    with torch.no_grad():
+        eager = model(ids, attention_mask=seen, use_cache=False).logits
+        compiled = fast(ids, attention_mask=seen, use_cache=False).logits
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    report = attnpass.report()
+    assert [site.kernel for site in report.sites] == ["flex", "flex"]
+    assert {site.spec.mask.window for site in report.sites} == {None, (39, None)}
+    assert all(site.spec.mask.key_padding for site in report.sites)
+
+
+def _model(name: str) -> nn.Module:
+    import transformers
+
+    size: dict[str, Any] = {
+        "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "sliding_window": 40, "pad_token_id": 0,
+        "attn_implementation": "eager",
+    }  # fmt: skip
+    if name == "gemma2":
+        config = transformers.Gemma2Config(**size, attn_logit_softcapping=5.0)
+        return transformers.Gemma2ForCausalLM(config).eval()
+    config = transformers.GptOssConfig(**size, num_local_experts=2, num_experts_per_tok=1)
+    model = transformers.GptOssForCausalLM(config).eval()
+    for key, parameter in model.named_parameters():
+        if "sinks" in key:
+            nn.init.normal_(parameter)
+    return model
