@@ -401,7 +401,7 @@ def test_models_with_a_soft_cap_or_sinks(name: str) -> None:
 
     torchvision_stub.ensure()
     pytest.importorskip("transformers")
-    model = _model(name)
+    model = tiny(name)
     ids = torch.randint(1, 99, (2, 150))
     seen = torch.ones(2, 150, dtype=torch.long)
     seen[0, :37] = 0
@@ -416,7 +416,7 @@ def test_models_with_a_soft_cap_or_sinks(name: str) -> None:
     assert all(site.spec.mask.key_padding for site in report.sites)
 
 
-def _model(name: str) -> nn.Module:
+def tiny(name: str) -> nn.Module:
     import transformers
 
     size: dict[str, Any] = {

@@ -173,6 +173,8 @@ def _line(bits: Tensor, first: int, dtype: torch.dtype) -> Steps | Ramp | None:
     places = (line[1:] != line[:-1]).nonzero().reshape(-1) + 1
     if len(places) < _MAX_STEPS:
         starts = [0, *places.tolist()]
+        if dtype.is_floating_point and not _speaks_of_masking(line[starts].view(dtype)):
+            return None
         return Steps(tuple(first + k for k in starts), tuple(int(line[k]) for k in starts))
     if dtype == torch.bool:
         return None
@@ -188,6 +190,14 @@ def _line(bits: Tensor, first: int, dtype: torch.dtype) -> Steps | Ramp | None:
     if not torch.equal(ramp.to(dtype).view(line.dtype), line) or not torch.equal(ramp.to(dtype).to(torch.int64), ramp):
         return None
     return Ramp(one - step * first, step)
+
+
+def _speaks_of_masking(numbers: Tensor) -> bool:
+    """One number, or zero and another one. Other floats (slopes of heads) are data: nothing is proved from them, and as
+    data they are recognised for what they are.
+    """
+    distinct = set(numbers.tolist())
+    return len(distinct) == 1 or (len(distinct) == 2 and 0.0 in distinct)
 
 
 def _number(bits: int, dtype: torch.dtype) -> float:

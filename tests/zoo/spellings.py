@@ -84,6 +84,19 @@ def powers_of_two_over_their_sum(q: T, k: T, v: T) -> T:
 
 @plain(
     "exp-sum",
+    Site(scale=0.3 * 0.6931471805599453, bias=((2, 3, 5, 7),), empty_rows="nan"),
+    inputs=lambda: (*qkv(), noise(2, 3, 5, 7, seed=5, grad=False)),
+    spelled=1,
+)
+def powers_of_two_of_biased_scores(q: T, k: T, v: T, bias: T) -> T:
+    # the base belongs to the bias as well
+    scores = q @ k.mT * 0.3 + bias
+    e = torch.exp2(scores - scores.amax(dim=-1, keepdim=True))
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@plain(
+    "exp-sum",
     Site(scale=0.3, dense=True, empty_rows="nan"),
     inputs=with_keep(2, 1, 5, 7, empty=True),
     spelled=1,
