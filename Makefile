@@ -9,7 +9,7 @@ TORCH ?= $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PYTEST ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format format-check lint types examples recall compile-time docs wheel clean
+.PHONY: help demo test check format format-check lint types examples nightly recall compile-time docs wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -49,6 +49,9 @@ types: $(VENV)/.stamp-dev ## check the types
 
 examples: $(VENV)/.stamp-dev ## run every example
 	@set -e; for example in examples/*.py; do echo "--- $$example"; $(PY) $$example; done
+
+nightly: $(VENV)/.stamp-dev ## check 20,000 random programs that make masks
+	ATTNPASS_MASK_EXAMPLES=20000 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/masks/test_programs.py
 
 recall: $(VENV)/.stamp-dev ## measure which attention is found in transformers, timm and diffusers
 	@set -e; for suite in transformers timm diffusers; do $(PY) -m benchmarks.recall --suite $$suite; done

@@ -110,7 +110,7 @@ def test_torch_compile_finds_the_same_and_computes_the_same(case: Case) -> None:
     eager, reference = measured(case)
     assert not complaints(found.run, eager, reference)
     if not case.alike:
-        assert not differences(case, found.report, grad=found.subject.grad)
+        assert not differences(case.compiled, found.report, grad=found.subject.grad)
 
 
 @dataclass(frozen=True)

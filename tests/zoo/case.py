@@ -15,7 +15,7 @@ complete: whatever a :class:`Site` does not say has the value that the dataclass
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,12 +85,24 @@ class Case:
     grad: bool = True  # compare gradients
     reference: str = "float64"  # or "eager", where float64 computes another function (live dropout, overflow in bf16)
     alike: str = ""  # why the torch.compile front sees something else than the export front
+    held: bool = False  # a buffer holds a causal mask: torch.compile proves it, and checks the buffer at every call
     export: bool = True  # False where torch.export cannot read the model at all
     other_sizes: Callable[[], tuple[Any, ...]] | None = None  # for dynamic shapes: further inputs
 
     @property
     def sites(self) -> tuple[Site, ...]:
         return tuple(e for e in self.expect if isinstance(e, Site))
+
+    @property
+    def compiled(self) -> Case:
+        """What the torch.compile front makes of it."""
+        if not self.held:
+            return self
+        seen = (
+            replace(e, causal=0, dense=False, empty_rows="impossible") if isinstance(e, Site) else e
+            for e in self.expect
+        )
+        return replace(self, expect=tuple(seen))
 
     @property
     def misses(self) -> tuple[Miss, ...]:

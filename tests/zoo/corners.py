@@ -126,6 +126,7 @@ class DynamicCausal(nn.Module):
     "pytorch#111190",
     Site(scale=8**-0.5, q=(TEXT, 3, TEXT, 8), k=(TEXT, 3, TEXT, 8), v=(TEXT, 3, TEXT, 8), dense=True, empty_rows="nan"),
     other_sizes=lambda: (noise(5, 9, 24, seed=2),),
+    held=True,
 )
 def a_causal_buffer_cut_to_a_dynamic_length() -> Built:
     return DynamicCausal(), (noise(4, 7, 24, seed=1),), ({0: Dim.DYNAMIC, 1: Dim("length", max=15)},)

@@ -99,12 +99,17 @@ class CausalBuffer(nn.Module):
         return scores.softmax(-1) @ v
 
 
-@case("filled-masks", Site(scale=8**-0.5, dense=True, empty_rows="nan", **SELF))
+@plain("filled-masks", Site(scale=0.3, key_padding=True, empty_rows="nan"))
+def a_mask_read_from_data_at_a_fixed_place(q: T, k: T, v: T) -> T:
+    return (q @ k.mT * 0.3).masked_fill(v[0, 0, :, 0] > 9, -INF).softmax(-1) @ v
+
+
+@case("filled-masks", Site(scale=8**-0.5, dense=True, empty_rows="nan", **SELF), held=True)
 def a_causal_buffer_of_floats() -> Built:
     return CausalBuffer(torch.float32), square()
 
 
-@case("filled-masks", Site(scale=8**-0.5, dense=True, empty_rows="nan", **SELF))
+@case("filled-masks", Site(scale=8**-0.5, dense=True, empty_rows="nan", **SELF), held=True)
 def a_causal_buffer_of_bools() -> Built:
     return CausalBuffer(torch.bool), square()
 

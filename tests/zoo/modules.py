@@ -244,7 +244,7 @@ class GPT2Layers(nn.Module):
         return self.head(x[:, -1]).softmax(-1)
 
 
-@case("modules", GPT, GPT, Miss("projected_scores"))
+@case("modules", GPT, GPT, Miss("projected_scores"), held=True)
 def two_gpt_blocks_and_a_classifier() -> Built:
     return GPT2Layers(), (noise(2, 7, 24, seed=1),)
 
