@@ -51,7 +51,7 @@ examples: $(VENV)/.stamp-dev ## run every example
 	@set -e; for example in examples/*.py; do echo "--- $$example"; $(PY) $$example; done
 
 nightly: $(VENV)/.stamp-dev ## check 20,000 random programs that make masks
-	ATTNPASS_MASK_EXAMPLES=20000 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/masks/test_programs.py
+	ATTNPASS_MASK_EXAMPLES=20000 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/masks/test_programs.py tests/masks/test_attention_programs.py
 
 recall: $(VENV)/.stamp-dev ## measure which attention is found in transformers, timm and diffusers
 	@set -e; for suite in transformers timm diffusers; do $(PY) -m benchmarks.recall --suite $$suite; done

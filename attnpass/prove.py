@@ -21,7 +21,8 @@ from torch.fx import Graph
 
 from attnpass.errors import first_line
 from attnpass.masks import AddedTerm, MaskProof, Masks
-from attnpass.masks.expr import TRUE, loads
+from attnpass.masks.bias import ordinary
+from attnpass.masks.expr import TRUE
 from attnpass.reasons import Reason, reason
 from attnpass.recognize.meaning import NO_GRADIENT
 from attnpass.site import Add, Fill, Layer, Site
@@ -134,12 +135,12 @@ def _idle(layer: Layer, term: AddedTerm | None, proof: MaskProof) -> bool:
 def _rows(site: Site, layers: tuple[Layer, ...], proof: MaskProof) -> EmptyRow | None:
     """What a query without any key gets if the layers are taken for one keep-mask; None where they cannot be.
 
-    That all of them together leave every query a key is proved of the keep-mask; a bias that holds data may still be
-    minus infinity for a whole row, so it must hold none, and none may be left that the proof did not look at.
+    That all of them together leave every query a key is proved of the keep-mask; a bias may still be minus infinity for
+    a whole row, so it must be proved to be ordinary, and none may be left that the proof did not look at.
     """
     if any(isinstance(layer, Add) and not layer.factor.is_number for layer in layers):
         return None
-    if any(load.kind == "real" for a in proof.biases for load in loads(a.bias.value)):
+    if not all(ordinary(a.bias.value) for a in proof.biases):
         return None
     if proof.empty_rows == "impossible":
         return EmptyRow.IMPOSSIBLE

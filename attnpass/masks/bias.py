@@ -156,6 +156,29 @@ def _is_zero(leaf: Leaf) -> bool:
     return (isinstance(leaf, Const) and leaf.value == 0) or (isinstance(leaf, Int) and leaf.p == ZERO)
 
 
+_ORDINARY = frozenset({"add", "sub", "mul", "neg", "abs", "minimum", "maximum", "rsub", "to"})
+
+
+def ordinary(tree: Tree) -> bool:
+    """Proved to hold no infinity, no NaN, and nothing so low that a row of it would swallow its scores.
+
+    Integers are far from that, and so is what a few products and sums make of them and of small numbers; but not in
+    float16, which ends at 65504, and not what data, a quotient or a logarithm may be.
+    """
+    if isinstance(tree, If):
+        return ordinary(tree.a) and ordinary(tree.b)
+    if isinstance(tree, Int):
+        return True
+    if isinstance(tree, Const):
+        return abs(tree.value) < -ASSUMED
+    if not isinstance(tree, Fn) or tree.dtype == "float16":
+        return False
+    if tree.name == "div":
+        number = tree.args[1]
+        return ordinary(tree.args[0]) and isinstance(number, Const) and abs(number.value) >= 1
+    return tree.name in _ORDINARY and all(ordinary(arg) for arg in tree.args)
+
+
 # --- structure ---------------------------------------------------------------------------------------------------
 
 
