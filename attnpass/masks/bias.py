@@ -25,6 +25,7 @@ from attnpass.masks.expr import (
     If,
     Int,
     Leaf,
+    Load,
     Poly,
     Sym,
     Tree,
@@ -167,8 +168,10 @@ def ordinary(tree: Tree) -> bool:
     """
     if isinstance(tree, If):
         return ordinary(tree.a) and ordinary(tree.b)
-    if isinstance(tree, Int):
+    if isinstance(tree, Int | Poly):
         return True
+    if isinstance(tree, Load):
+        return tree.kind != "real"
     if isinstance(tree, Const):
         return abs(tree.value) < -ASSUMED
     if not isinstance(tree, Fn) or tree.dtype == "float16":
