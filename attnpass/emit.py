@@ -8,6 +8,8 @@ everything has been built and checked, so a failure leaves the graph as it was.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch.fx import Graph, Node
 
@@ -20,7 +22,7 @@ from attnpass.layers import Dense, answered, as_given, dense_mask, multiplied
 from attnpass.lse import alive, sunk
 from attnpass.prove import Proved
 from attnpass.site import Call, Factor, Layout, Placed, Site
-from attnpass.spec import EmptyRow, is_causal
+from attnpass.spec import EmptyRow
 from attnpass.structured import structured_mask
 
 aten = torch.ops.aten
@@ -49,10 +51,11 @@ def _build(b: Builder, proved: Proved, kernel: Kernel, shared: Shared) -> Node:
     v = arrange(b, site.v, (roles.batch, roles.shared, roles.keys, roles.v_width), sizes, expand=True)
     q, k, scale = _scaled(b, site, q, k, sizes)
     q, k, v = (_cast(b, node, dtype) for node in (q, k, v))
+    call = Call(q=q, k=k, v=v, scale=scale, groups=spec.groups, spec=spec)
     if kernel.takes == "functions":
-        return _finished(b, site, _by_functions(b, proved, kernel, shared, (q, k, v, scale), sizes), sizes)
-    causal = site.causal or (proved.expressed and kernel.can.causal and is_causal(spec))
-    if causal or (proved.expressed and spec.mask.empty and not spec.bias):
+        return _finished(b, site, _by_functions(b, proved, kernel, shared, call, sizes), sizes)
+    causal = site.causal or (kernel.can.causal and proved.causal)
+    if causal or proved.unmasked:
         dense = Dense(mask=None)
     elif site.existing_call:
         # its own mask, as it is: nothing is known of rows without a key but that this call answers them (gain.py)
@@ -63,52 +66,33 @@ def _build(b: Builder, proved: Proved, kernel: Kernel, shared: Shared) -> Node:
         dense = dense_mask(b, site, sizes, dtype, shared)
     if dense.scored is not None:
         q = b.call(aten.where.ScalarOther, dense.scored, q, 0.0)
-    call = Call(
-        q=q,
-        k=k,
-        v=v,
-        mask=dense.mask,
-        causal=causal,
-        scale=scale,
-        dropout=site.dropout if isinstance(site.dropout, float | int) else 0.0,
-        groups=spec.groups,
-        spec=spec,
-    )
-    out = kernel.emit(b, call)
-    if site.output_written and spec.grad:
-        # a fused kernel's backward reads its result again; the original's product did not
-        out = b.call(aten.clone.default, out)
+    dropout = site.dropout if isinstance(site.dropout, float | int) else 0.0
+    call = replace(call, q=q, mask=dense.mask, causal=causal, dropout=dropout)
+    out = _own(b, site, kernel.emit(b, call))
     return _finished(b, site, answered(b, out, call, dense, sizes, site), sizes)
 
 
-def _by_functions(
-    b: Builder, proved: Proved, kernel: Kernel, shared: Shared, qkv: tuple[Node, Node, Node, float], sizes: Sizes
-) -> Node:
+def _own(b: Builder, site: Site, out: Node) -> Node:
+    """A fused kernel's backward reads its result again, which the original's product did not: a result that is
+    written into later has to be another tensor.
+    """
+    return b.call(aten.clone.default, out) if site.output_written and site.spec.grad else out
+
+
+def _by_functions(b: Builder, proved: Proved, kernel: Kernel, shared: Shared, call: Call, sizes: Sizes) -> Node:
     """The call of a kernel that is given mask and biases as functions."""
     site, spec = proved.site, proved.site.spec
-    q, k, v, scale = qkv
     told = kernel.gives_lse(spec)
     sink = _sink(b, site, sizes)
     if sink is not None and not told:
-        k, v = (b.call(aten.constant_pad_nd.default, node, [0, 0, 0, 1]) for node in (k, v))
-    call = Call(
-        q=q,
-        k=k,
-        v=v,
-        mask=None,
-        causal=False,
-        scale=scale,
-        dropout=0.0,
-        groups=spec.groups,
-        spec=spec,
-        functions=functions(b, proved, shared, sink=None if told else sink),
-    )
+        k, v = (b.call(aten.constant_pad_nd.default, node, [0, 0, 0, 1]) for node in (call.k, call.v))
+        call = replace(call, k=k, v=v)
+    call = replace(call, functions=functions(b, proved, shared, sink=None if told else sink))
     empty = site.rows is not EmptyRow.IMPOSSIBLE and sink is None  # beside a sink it is zero
     out, lse = kernel.emit_with_lse(b, call) if told and (empty or sink is not None) else (kernel.emit(b, call), None)
     if sink is not None and lse is not None:
         return sunk(b, out, lse, sink)
-    if site.output_written and spec.grad:
-        out = b.call(aten.clone.default, out)
+    out = _own(b, site, out)
     if not empty:
         return out
     rows = rows_with_a_key(b, proved, shared) if lse is None else alive(b, lse)

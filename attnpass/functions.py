@@ -15,7 +15,7 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +24,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from attnpass.graph import Builder, Shared, tensor
 from attnpass.kernels.ops import apart
-from attnpass.layers import Dense, additive
-from attnpass.masks import MaskProof, dense
+from attnpass.layers import Dense
+from attnpass.masks import AddedTerm, MaskProof
 from attnpass.masks.blocks import BLOCK, judged, listed
 from attnpass.masks.expr import Expr, Fn, Load, Poly, Sym, Value, Var, walk
 from attnpass.masks.ranges import integer_bounds
@@ -35,6 +35,7 @@ from attnpass.prove import Proved
 from attnpass.reasons import Reason, reason
 from attnpass.site import BlockLists, Functions
 from attnpass.spec import EmptyRow
+from attnpass.structured import mask_key, written
 
 aten = torch.ops.aten
 
@@ -50,7 +51,7 @@ def obstacles(proved: Proved) -> Iterator[Reason]:
     if site.spec.device == "cpu" and any(_symbolic(node) for node, _ in proof.loads):
         yield reason("no_fused_form", detail="a mask of symbolic size on the CPU")
     answered = site.rows is EmptyRow.MEAN and site.sink is None
-    if answered and site.spec.grad and site.softcap is not None and additive(site):
+    if answered and site.flows and site.softcap is not None:
         # the gradient of such a row is not linear in the scores any more (layers.py)
         yield reason("empty_rows", detail="gradients through the soft cap")
 
@@ -64,20 +65,25 @@ def functions(b: Builder, proved: Proved, shared: Shared, *, sink: Node | None =
     """The functions of a site that has no obstacles; `sink` is to be an extra key, behind the others."""
     site, proof = proved.site, proved.proof
     assert proof is not None
-    q = tensor(site.q.node)
-    assert q is not None
-    writer = _Writer(b, proof, q.device)
-    keep, keep_reads = writer.function(("b", "h", "i", "j"), [proof.keep], lambda f: _keep(f, proof, sink))
+    writer = _Writer(b, proof, site.device)
     biases = [a.bias.value for a in proof.biases]
-    score, score_reads = writer.function(
-        ("score", "b", "h", "i", "j"), biases, lambda f: _score(f, proof, site.softcap, sink)
+
+    def made(key: Hashable, make: Callable[[], _Made]) -> _Made:
+        place = (key, proof.frame.lengths, site.device, sink)
+        return shared.all(place, b, make, lambda function: (function[0], *function[1]))
+
+    keep, keep_reads = made(
+        ("keep", proof.keep),
+        lambda: writer.function(("b", "h", "i", "j"), [proof.keep], lambda f: _keep(f, proof, sink)),
     )
-    key = (proof.frame.lengths, q.device, sink)
-    change = (site.softcap, *((a.bias.value, a.term.factor) for a in proof.biases))
+    score, score_reads = made(
+        ("score", site.softcap, *((a.bias.value, a.term.factor, _dtype(a)) for a in proof.biases)),
+        lambda: writer.function(("score", "b", "h", "i", "j"), biases, lambda f: _score(f, proof, site.softcap, sink)),
+    )
     return Functions(
-        score=shared.get(("score", *key, change, score_reads), b, lambda: b.module(score)),
+        score=score,
         score_reads=score_reads,
-        keep=shared.get(("keep function", *key, proof.keep, keep_reads), b, lambda: b.module(keep)),
+        keep=keep,
         keep_reads=keep_reads,
         blocks=_blocks(b, writer, shared, sink),
     )
@@ -88,23 +94,16 @@ def rows_with_a_key(b: Builder, proved: Proved, shared: Shared) -> Node:
 
     The mask is written out only to be reduced at once, which a compiler makes one loop of.
     """
-    proof = proved.proof
-    q = tensor(proved.site.q.node)
-    assert proof is not None
-    assert q is not None
-    nodes = {load.source: node for node, load in proof.loads}
-
-    def render() -> Node:
-        keep = dense(proof.keep, b, proof.frame, proof.sizes, nodes, device=q.device)
-        return b.call(aten.any.dim, keep, -1, True)
-
-    return shared.get(("rows", proof.keep, proof.frame.lengths, q.device), b, render)
+    return shared.get(("rows", *mask_key(proved)), b, lambda: b.call(aten.any.dim, written(b, proved), -1, True))
 
 
 def answers(proved: Proved, alive: Node) -> Dense:
     """How the rows without a key are answered."""
     site = proved.site
-    return Dense(mask=None, alive=alive, answer=site.rows, flows=site.spec.grad and additive(site))
+    return Dense(mask=None, alive=alive, answer=site.rows, flows=site.flows)
+
+
+_Made = tuple[Node, tuple[Node, ...]]  # the node of a function, and what it reads
 
 
 # -- functions ---------------------------------------------------------------------------------------------------------
@@ -116,20 +115,19 @@ class _Writer:
     def __init__(self, b: Builder, proof: MaskProof, device: torch.device) -> None:
         self.proof = proof
         self.device = device
-        self.nodes = {load.source: node for node, load in proof.loads}
+        self.b = b
+        self.nodes = proof.nodes
         self.find = SizeNodes(b, proof.sizes)
 
-    def function(
-        self, names: tuple[str, ...], exprs: Sequence[Value], body: Callable[[_Body], Node]
-    ) -> tuple[GraphModule, tuple[Node, ...]]:
+    def function(self, names: tuple[str, ...], exprs: Sequence[Value], body: Callable[[_Body], Node]) -> _Made:
         graph = Graph()
         args = {name: graph.placeholder(name) for name in names}
-        written = _Body(self, graph, args, [])
+        function = _Body(self, graph, args, [])
         if not all(map(_narrow, exprs)):
             for name in ("b", "h", "i", "j"):
-                args[name] = written.call(aten.to.dtype, args[name], torch.int64)
-        graph.output(body(written))
-        return GraphModule(torch.nn.Module(), graph), tuple(written.reads)
+                args[name] = function.call(aten.to.dtype, args[name], torch.int64)
+        graph.output(body(function))
+        return self.b.module(GraphModule(torch.nn.Module(), graph)), tuple(function.reads)
 
 
 @dataclass
@@ -158,13 +156,13 @@ class _Body:
         return known
 
     def render(self, expr: Value, dtype: torch.dtype, j: Node) -> Node:
-        proof, nodes = self.writer.proof, self.writer.nodes
+        find, nodes = self.writer.find, self.writer.nodes
         render = Renderer(
             self.call,
             indices={**self.args, "j": j},
-            size=lambda sym: self.read(self.writer.find(sym)),
+            size=lambda sym: self.read(find(sym)),
             tensor=lambda source: self.read(nodes[source]),
-            extents=lambda source: tuple(proof.sizes.poly(n) for n in nodes[source].meta["val"].shape),
+            extents=find.extents(nodes),
             device=self.writer.device,
             scalar=lambda op, *args: self.call(op, *args) if any(isinstance(a, Node) for a in args) else op(*args),
         )
@@ -210,9 +208,7 @@ def _score(f: _Body, proof: MaskProof, cap: float | None, sink: Node | None) -> 
         x = f.call(aten.mul.Tensor, f.call(aten.tanh.default, f.call(aten.div.Tensor, x, cap)), cap)
     is_sink, inside = _beside(f) if sink is not None else (None, j)
     for added in proof.biases:
-        val = tensor(added.term.node)
-        assert val is not None
-        bias = f.render(added.bias.value, val.dtype, inside)
+        bias = f.render(added.bias.value, _dtype(added), inside)
         if added.term.factor != 1.0:
             bias = f.call(aten.mul.Tensor, bias, added.term.factor)
         x = f.call(aten.add.Tensor, x, bias)
@@ -223,6 +219,12 @@ def _score(f: _Body, proof: MaskProof, cap: float | None, sink: Node | None) -> 
     zero = f.call(aten.mul.Tensor, j, 0)
     at = [zero if size == 1 else f.args[name] for size, name in zip(val.shape[:3], "bhi", strict=True)]
     return f.call(aten.where.self, is_sink, f.call(aten.index.Tensor, f.read(sink), [*at, zero]), x)
+
+
+def _dtype(added: AddedTerm) -> torch.dtype:
+    val = tensor(added.term.node)
+    assert val is not None
+    return val.dtype
 
 
 def _beside(f: _Body) -> tuple[Node, Node]:

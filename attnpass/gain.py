@@ -22,7 +22,7 @@ from attnpass.kernels.native import Native
 from attnpass.prove import Proved
 from attnpass.recognize.ops import bound
 from attnpass.site import Site
-from attnpass.spec import AttentionSpec, EmptyRow, is_causal
+from attnpass.spec import AttentionSpec, EmptyRow
 
 
 def gained(proved: Proved, kernel: Kernel) -> bool:
@@ -35,8 +35,7 @@ def gained(proved: Proved, kernel: Kernel) -> bool:
     sure = spec.empty_rows is EmptyRow.IMPOSSIBLE
     if kernel.takes == "functions":
         return mask is not None and sure and proved.structured and _faster(kernel, spec)
-    known = proved.expressed and not spec.bias and (spec.mask.empty or (kernel.can.causal and is_causal(spec)))
-    if mask is not None and known:
+    if mask is not None and (proved.unmasked or (kernel.can.causal and proved.causal)):
         return sure
     # the mask goes to the kernel as it is: not in a narrower dtype, nor q, k and v in a wider one
     if not all(bias.exact for bias in spec.bias) or not (sure or _same_kernel(site, kernel)):

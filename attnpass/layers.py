@@ -117,7 +117,7 @@ def _kept(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dty
     if bias is None:
         return keeping(site, keep, alive)
     mask = b.call(aten.where.ScalarOther, keep, _narrow(b, bias, dtype), -math.inf)
-    return Dense(mask=mask, alive=alive, answer=site.rows, flows=site.spec.grad and additive(site))
+    return Dense(mask=mask, alive=alive, answer=site.rows, flows=site.flows)
 
 
 def keeping(site: Site, keep: Node, alive: Node | None) -> Dense:
@@ -126,21 +126,15 @@ def keeping(site: Site, keep: Node, alive: Node | None) -> Dense:
     With queries of zero all scores of such a row are equal, so the kernel itself answers with the mean, and sends no
     gradient into the scores, as a fill would not.
     """
-    flows = site.spec.grad and additive(site)
-    if site.rows is EmptyRow.MEAN and not flows:
+    if site.rows is EmptyRow.MEAN and not site.flows:
         return Dense(mask=keep, scored=alive)
-    return Dense(mask=keep, alive=alive, answer=site.rows, flows=flows)
+    return Dense(mask=keep, alive=alive, answer=site.rows, flows=site.flows)
 
 
 def with_empty_rows(b: Builder, keep: Node) -> tuple[Node, Node]:
     """Where a row has a key, and the keep-mask with all keys where it has none."""
     alive = b.call(aten.any.dim, keep, -1, True)
     return alive, b.call(aten.logical_or.default, keep, b.call(aten.logical_not.default, alive))
-
-
-def additive(site: Site) -> bool:
-    """All masks were written as additions, through which gradients still reach the scores of an empty row."""
-    return all(layer.additive for layer in site.layers if isinstance(layer, Fill))
 
 
 def _added_only(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dtype) -> Dense:

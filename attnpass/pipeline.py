@@ -189,6 +189,8 @@ def _saved(site: Site) -> int | None:
 
 def _with_dead(graph: Graph, finding: Finding, pairs: list[tuple[str, Node, Node]]) -> tuple[Replacement, ...]:
     """What each replacement has made superfluous: alive before, not needed now."""
+    if not pairs:
+        return ()  # nothing was rewritten: the graph need not be looked at again
     after = Effects(graph)
     still = after.live()
     # of masks that were dropped or computed anew not even the stand-ins are needed

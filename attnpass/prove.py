@@ -26,7 +26,7 @@ from attnpass.masks.expr import TRUE
 from attnpass.reasons import Reason, reason
 from attnpass.recognize.meaning import NO_GRADIENT
 from attnpass.site import Add, Fill, Layer, Site
-from attnpass.spec import EmptyRow
+from attnpass.spec import EmptyRow, is_causal
 
 _LONGEST = 160  # of a line of a proof in the ledger
 
@@ -46,6 +46,16 @@ class Proved:
     def structured(self) -> bool:
         """The mask is a few closed forms: computing it anew costs less than reading it."""
         return self.expressed and self.proof is not None and self.proof.residual == TRUE
+
+    @property
+    def unmasked(self) -> bool:
+        """Proved: nothing is masked and nothing is added."""
+        return self.expressed and self.site.spec.mask.empty and not self.site.spec.bias
+
+    @property
+    def causal(self) -> bool:
+        """Proved: query i sees the keys up to i, and nothing is added."""
+        return self.expressed and is_causal(self.site.spec)
 
 
 def prove(

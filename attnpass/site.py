@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from attnpass.graph import State
+from attnpass.graph import State, tensor
 from attnpass.reasons import Reason
 from attnpass.spec import AttentionSpec, EmptyRow
 
@@ -134,6 +134,18 @@ class Site:
     trail: tuple[str, ...] = field(default=())
 
     @property
+    def device(self) -> torch.device:
+        """Where all of it is computed."""
+        q = tensor(self.q.node)
+        assert q is not None
+        return q.device
+
+    @property
+    def flows(self) -> bool:
+        """Gradients reach the scores of a row without a key: all its masks were written as additions."""
+        return self.spec.grad and all(layer.additive for layer in self.layers if isinstance(layer, Fill))
+
+    @property
     def rows(self) -> EmptyRow:
         """What has to be answered where a query has no key: spec.empty_rows, unless that is waived."""
         return EmptyRow.IMPOSSIBLE if self.waived else self.spec.empty_rows
@@ -172,10 +184,10 @@ class Call:
     q: Node
     k: Node  # heads not repeated: groups query heads share one
     v: Node
-    mask: Node | None  # None, a bool keep-mask, or an additive float bias, broadcastable to (batch, heads, q, k)
-    causal: bool  # query i sees the keys up to i; then there is no mask besides
+    mask: Node | None = None  # None, a bool keep-mask, or an additive float bias, broadcastable to (batch, heads, q, k)
+    causal: bool = False  # query i sees the keys up to i; then there is no mask besides
     scale: float | Node
-    dropout: float
+    dropout: float = 0.0
     groups: int
     spec: AttentionSpec
     functions: Functions | None = None  # for a kernel that takes them: they are the mask, the biases and the soft cap

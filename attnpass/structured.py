@@ -9,10 +9,11 @@ mask that holds data over queries and keys, the tensor that is there is as good.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Hashable
+
 from torch.fx import Node
 
-from attnpass.graph import Builder, Shared, tensor
+from attnpass.graph import Builder, Shared
 from attnpass.layers import Dense, keeping, with_empty_rows
 from attnpass.masks import dense
 from attnpass.prove import Proved
@@ -21,21 +22,26 @@ from attnpass.spec import EmptyRow
 
 def structured_mask(b: Builder, proved: Proved, shared: Shared) -> Dense:
     """The keep-mask of a site whose layers it expresses wholly."""
-    site, proof = proved.site, proved.proof
-    assert proof is not None
-    q = tensor(site.q.node)
-    assert q is not None
-    device: torch.device = q.device
-    nodes = {load.source: node for node, load in proof.loads}
-    key = (proof.keep, proof.frame.lengths, device)
+    site, key = proved.site, mask_key(proved)
 
-    def render() -> Node:
-        return dense(proof.keep, b, proof.frame, proof.sizes, nodes, device=device)
-
-    def repaired() -> tuple[Node, Node]:
-        return with_empty_rows(b, shared.get(("keep", *key), b, render))
+    def keep() -> Node:
+        return shared.get(("keep", *key), b, lambda: written(b, proved))
 
     if site.rows is EmptyRow.IMPOSSIBLE:
-        return keeping(site, shared.get(("keep", *key), b, render), None)
-    alive, every = shared.all(("every", *key), b, repaired, lambda pair: pair)
+        return keeping(site, keep(), None)
+    alive, every = shared.all(("every", *key), b, lambda: with_empty_rows(b, keep()), lambda pair: pair)
     return keeping(site, every, alive)
+
+
+def mask_key(proved: Proved) -> tuple[Hashable, ...]:
+    """Equal for the sites of a graph whose keep-masks are the same tensor."""
+    proof = proved.proof
+    assert proof is not None
+    return proof.keep, proof.frame.lengths, proved.site.device
+
+
+def written(b: Builder, proved: Proved) -> Node:
+    """The keep-mask as a tensor."""
+    proof = proved.proof
+    assert proof is not None
+    return dense(proof.keep, b, proof.frame, proof.sizes, proof.nodes, device=proved.site.device)

@@ -114,4 +114,4 @@ class Kernel(ABC):
         """The same where `gives_lse`: beside the result the natural logarithm of the sum of exp of each query's
         scores, (batch, heads, queries) in float32, -inf where the query sees no key; gradients flow through it.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{self.name} says that it gives no log-sum-exp")  # so it is never asked

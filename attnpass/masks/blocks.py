@@ -30,7 +30,7 @@ from torch.fx import Node
 from attnpass.graph import Builder
 from attnpass.masks.expr import TRUE, ZERO, Poly
 from attnpass.masks.frame import Frame
-from attnpass.masks.render import Renderer, SizeNodes
+from attnpass.masks.render import Renderer, SizeNodes, in_graph
 from attnpass.masks.sizes import Sizes
 from attnpass.masks.structure import Document, Structure
 
@@ -214,15 +214,7 @@ def judged(
     find = SizeNodes(b, sizes)
 
     def renderer(indices: Mapping[str, Thing]) -> Renderer:
-        return Renderer(
-            b.call,
-            indices=indices,
-            size=find,
-            tensor=nodes.__getitem__,
-            extents=lambda source: tuple(sizes.poly(n) for n in nodes[source].meta["val"].shape),
-            device=device,
-            scalar=find.scalar,
-        )
+        return in_graph(find, nodes, indices, device=device)
 
     judge = Judge(b.call, frame, number=find.poly, scalar=find.scalar, renderer=renderer, device=device)
     return judge(structure)

@@ -46,6 +46,11 @@ class MaskProof:
     sizes: Sizes = field(repr=False)
 
     @property
+    def nodes(self) -> dict[str, Node]:
+        """The tensors that its loads read, by the name of the source."""
+        return {load.source: node for node, load in self.loads}
+
+    @property
     def residual(self) -> Bool:
         """What remains dense of the mask."""
         return self.structure.residual

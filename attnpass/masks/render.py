@@ -269,21 +269,27 @@ def dense(
             shape = [1, 1, 1, 1]
             shape[at] = -1
             indices[name] = b.call(aten.reshape.default, node, shape)
-    render = Renderer(
-        b.call,
-        indices=indices,
-        size=find,
-        tensor=nodes.__getitem__,
-        extents=lambda source: tuple(sizes.poly(n) for n in nodes[source].meta["val"].shape),
-        device=device,
-        scalar=find.scalar,
-        rank=4,
-    )
-    out = render(e, dtype)
+    out = in_graph(find, nodes, indices, device=device, rank=4)(e, dtype)
     if out.meta["val"].dim() < 4:  # it depends on no index at all
         out = b.call(aten.reshape.default, out, [1, 1, 1, 1])
     made: Node = out
     return made
+
+
+def in_graph(
+    find: SizeNodes, nodes: Mapping[str, Node], indices: Mapping[str, Thing], *, device: torch.device, rank: int = 0
+) -> Renderer:
+    """A renderer that inserts nodes where `find` does; `nodes` are the tensors that are read."""
+    return Renderer(
+        find.b.call,
+        indices=indices,
+        size=find,
+        tensor=nodes.__getitem__,
+        extents=find.extents(nodes),
+        device=device,
+        scalar=find.scalar,
+        rank=rank,
+    )
 
 
 class SizeNodes:
@@ -314,6 +320,10 @@ class SizeNodes:
 
     def scalar(self, op: Callable[..., Any], *args: Any) -> Any:
         return self.b.call(op, *args) if any(isinstance(a, Node) for a in args) else op(*args)
+
+    def extents(self, nodes: Mapping[str, Node]) -> Callable[[str], tuple[Poly, ...]]:
+        """The shapes of tensors, by the name of the source."""
+        return lambda source: tuple(self.sizes.poly(n) for n in nodes[source].meta["val"].shape)
 
     def poly(self, p: Poly) -> int | Node:
         """A polynomial of sizes as a number or a node."""

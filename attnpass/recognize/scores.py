@@ -43,27 +43,26 @@ def crossed_view(w: Walker, at: Inner) -> Inner:
 @register_rule(*views.CASTS)
 def cast(w: Walker, at: Inner) -> Inner:
     # between floating types a cast is the identity up to the rounding that the fused kernel does not do
-    source = w.read(at.node, at.node.args[0])
-    val, out = tensor(source), tensor(at.node)
-    _floating(at)
-    if val is None or out is None or not val.is_floating_point():
-        raise Refuse("unknown_op", at.node, op="a cast from integers")
-    if val.device != out.device:
-        raise Refuse("mixed_devices", at.node)
-    return at.step(source, at.layout)
+    return at.step(_in_another_dtype(w, at, at.node.args[0], "a cast from integers"), at.layout)
 
 
 @register_rule("copy")
 def copied_over(w: Walker, at: Inner) -> Inner:
     # scores.copy_(new): afterwards it holds what was copied, cast and broadcast; what it held before is gone
-    source = w.read(at.node, bound(at.node)["src"])
+    source = _in_another_dtype(w, at, bound(at.node)["src"], "a copy of integers")
+    return at.step(source, w.place(at, source).layout)
+
+
+def _in_another_dtype(w: Walker, at: Inner, arg: Any, what: str) -> Node:
+    """What is cast here: scores that are floating and on the same device."""
+    source = w.read(at.node, arg)
     val, out = tensor(source), tensor(at.node)
     _floating(at)
     if val is None or out is None or not val.is_floating_point():
-        raise Refuse("unknown_op", at.node, op="a copy of integers")
+        raise Refuse("unknown_op", at.node, op=what)
     if val.device != out.device:
         raise Refuse("mixed_devices", at.node)
-    return at.step(source, w.place(at, source).layout)
+    return source
 
 
 @register_rule("detach")
