@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from attnpass.closed import obstacles as unsaid
 from attnpass.functions import obstacles
 from attnpass.gain import gained
 from attnpass.kernels import Kernel, kernels
@@ -48,6 +49,8 @@ def _verdict(kernel: Kernel, proved: Proved, compiled: bool) -> Verdict:
     site = proved.site
     missing = kernel.available()
     refusals = (*((missing,) if missing else ()), *kernel.refusals(site.spec))
+    if kernel.takes == "forms":
+        refusals = (*refusals, *unsaid(proved, kernel))
     if kernel.takes == "functions":
         uncompiled = () if compiled else (reason("not_compiled"),)
         refusals = (*uncompiled, *refusals, *obstacles(proved))

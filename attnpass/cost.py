@@ -1,69 +1,127 @@
-"""Expected time of one forward call, from the spec alone: enough to tell which of two kernels to take.
+"""Expected time of one forward call, from the spec alone: enough to tell which of two kernels to take, or none.
 
-The rates are those of one NVIDIA H200 with bfloat16 (medians, torch 2.11, 2026-11-21); other GPUs are slower in about
-the same proportion, and only the proportion matters. Nothing was measured of other devices: there the answer is None.
+    operations / rate of the kernel for this form of mask and this width
+    bytes / bandwidth                       below which no call comes, however few its operations
+    + launches, the lists or packed keys that a mask needs, the repair of rows without a key
+
+Rates and bandwidth are in rates.json, measured by ``python -m benchmarks.kernels`` on the device that it names. Other
+GPUs are slower or faster in about the same proportion, and only the proportion matters; ``autotune`` measures on the
+spot. Nothing was measured of other devices: there the answer is None.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+
 from attnpass.spec import AttentionSpec, MaskSpec, Size, is_causal
 
-# Operations per microsecond (1e6 is one TFLOP/s), for heads up to 64 wide and for wider ones.
-_PLAIN = {64: 482e6, 128: 597e6}  # scaled_dot_product_attention without a mask (cuDNN)
-_CAUSAL = {64: 440e6, 128: 567e6}  # ... by its flag, counted on the scores that are kept
-_TENSOR = {64: 95e6, 128: 160e6}  # ... with a mask over queries and keys, counted on all scores
-_FLEX = {64: 235e6, 128: 348e6}  # FlexAttention, counted on the scores of the blocks that it computes
-# ... with a mask over keys alone, which is read from the cache: from a padded BERT of 512 tokens, four layers of which
-# took 3.95 ms so and 4.19 ms with FlexAttention
-_KEYS = {64: 380e6, 128: 470e6}
-
-_BYTES = 4.3e6  # per microsecond: below this no call comes, however few its operations
 _LAUNCH = 5.0  # one more small kernel
-_BLOCKS = 4 * _LAUNCH  # a site's share in making the lists of blocks, which sites of one mask have in common
+_LISTS = 4 * _LAUNCH  # a site's share in making the lists of blocks, which sites of one mask have in common
 _BLOCK = 128
 _REPAIRED = 3 * _LAUNCH  # rows without a key, answered afterwards
+# What inductor moves for each score in code that is not fused: written by the first product, read and written by the
+# softmax, read by the second product, with a mask now and then. From two shapes on the H200 (14.5 and 16.5 bytes).
+_UNFUSED_BYTES = 15.0
 
 _LENGTH, _BATCH = 2048, 4  # where they are symbolic
 
 
-def native_us(spec: AttentionSpec) -> float | None:
-    """scaled_dot_product_attention."""
+@dataclass(frozen=True)
+class _Kernel:
+    """What was measured of one kernel."""
+
+    masks: str  # "tensor": computes all scores; "blocks", "bounds": only those within
+    tflops: Mapping[str, Mapping[int, float]]  # by the form of the mask, by width; counted on the scores that are kept
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """rates.json."""
+
+    bytes_per_us: float
+    products: float  # operations per microsecond of a large product
+    kernels: Mapping[str, _Kernel]
+
+
+@functools.cache
+def rates() -> _Rates:
+    """The table of measured rates."""
+    found = json.loads(resources.files("attnpass").joinpath("rates.json").read_text(encoding="utf-8"))
+    kernels = {
+        name: _Kernel(
+            masks=known["masks"],
+            tflops={form: {int(w): rate for w, rate in by_width.items()} for form, by_width in known["tflops"].items()},
+        )
+        for name, known in found["kernels"].items()
+    }
+    return _Rates(bytes_per_us=found["bytes_per_us"], products=found["products_tflops"] * 1e6, kernels=kernels)
+
+
+def rated_us(spec: AttentionSpec, kernel: str) -> float | None:
+    """One call of a kernel that has been measured."""
+    known = rates().kernels.get(kernel)
+    if spec.device != "cuda" or known is None:
+        return None
+    if known.masks == "tensor":
+        return _by_tensor(spec, known)
+    share = _kept(spec)
+    # blocks that the edge of the mask cuts are computed whole
+    edge = 0.0 if is_causal(spec) or spec.mask.empty else _BLOCK / _number(spec.keys, _LENGTH)
+    extra = 0.0
+    if known.masks == "blocks" and not spec.mask.empty:
+        extra, edge = _LISTS, _BLOCK / _number(spec.keys, _LENGTH)
+    elif spec.mask.key_padding:
+        extra = 4 * _LAUNCH + 2 * _bytes(spec) / rates().bytes_per_us  # keys and values are moved together
+    if spec.sink or spec.empty_rows != "impossible":
+        extra += _LAUNCH
+    bounded = spec.mask.causal is not None or spec.mask.window is not None
+    return _time(spec, known, "causal" if bounded else "full", min(1.0, share + edge)) + extra
+
+
+def unfused_us(spec: AttentionSpec) -> float | None:
+    """The original's own operations, as a compiler leaves them: products, and scores in memory."""
     if spec.device != "cuda":
         return None
+    bytes_ = _scores(spec) * _UNFUSED_BYTES * (2 if spec.dtype == "float32" else 1) + _bytes(spec)
+    return _operations(spec) / rates().products + bytes_ / rates().bytes_per_us + 3 * _LAUNCH
+
+
+def _by_tensor(spec: AttentionSpec, known: _Kernel) -> float:
+    """A kernel that is given every mask but a causal one as a tensor, and computes all scores."""
     if is_causal(spec):
-        return _time(spec, _CAUSAL, _kept(spec))
+        return _time(spec, known, "causal", _kept(spec))
     if spec.mask.empty and not spec.bias:
-        return _time(spec, _PLAIN, 1.0)
+        return _time(spec, known, "full", 1.0)
+    # a mask over keys alone is read from the cache
     keys_alone = spec.mask == MaskSpec(key_padding=True) and not spec.bias
-    return _time(spec, _KEYS if keys_alone else _TENSOR, 1.0) + _repairs(spec)
+    return _time(spec, known, "keys" if keys_alone else "tensor", 1.0) + _repairs(spec)
 
 
 def _repairs(spec: AttentionSpec) -> float:
     """Rows without a key: one more look at the mask, and at the queries or at the result."""
     if spec.empty_rows == "impossible":
         return 0.0
-    masks = 0.0 if spec.mask == MaskSpec(key_padding=True) else _scores(spec) / _number(spec.q[1], 1) / _BYTES
+    masks = 0.0
+    if spec.mask != MaskSpec(key_padding=True):
+        masks = _scores(spec) / _number(spec.q[1], 1) / rates().bytes_per_us
     if spec.empty_rows == "mean" and not spec.grad:
         return _LAUNCH + masks  # queries of zero, in whatever made the queries
     return _REPAIRED + masks
 
 
-def flex_us(spec: AttentionSpec) -> float | None:
-    """FlexAttention, whose every mask is a function."""
-    if spec.device != "cuda":
-        return None
-    blocks = 0.0 if spec.mask.empty else _BLOCKS
-    repaired = 0.0 if spec.empty_rows == "impossible" and not spec.sink else _LAUNCH
-    # blocks that the edge of the mask cuts are computed whole
-    share = min(1.0, _kept(spec) + _BLOCK / _number(spec.keys, _LENGTH)) if not spec.mask.empty else 1.0
-    return _time(spec, _FLEX, share) + blocks + repaired
+def _time(spec: AttentionSpec, known: _Kernel, form: str, share: float) -> float:
+    by_width = next(known.tflops[name] for name in (form, "causal", "full") if name in known.tflops)
+    width = max(_number(spec.qk_width, 64), _number(spec.v_width, 64))
+    nearest = min(by_width, key=lambda w: (w < width, abs(w - width)))
+    return max(_operations(spec) * share / (by_width[nearest] * 1e6), _bytes(spec) / rates().bytes_per_us) + _LAUNCH
 
 
-def _time(spec: AttentionSpec, rates: dict[int, float], share: float) -> float:
-    width = _number(spec.qk_width, 64) + _number(spec.v_width, 64)
-    rate = rates[64 if width <= 128 else 128]
-    operations = 2 * _scores(spec) * width * share
-    return max(operations / rate, _bytes(spec) / _BYTES) + _LAUNCH
+def _operations(spec: AttentionSpec) -> float:
+    return 2 * _scores(spec) * (_number(spec.qk_width, 64) + _number(spec.v_width, 64))
 
 
 def _scores(spec: AttentionSpec) -> float:

@@ -14,6 +14,7 @@ import torch
 from torch.fx import Graph, Node
 
 from attnpass.arrange import Sizes, arrange
+from attnpass.closed import forms
 from attnpass.errors import Refuse
 from attnpass.functions import answers, functions, rows_with_a_key
 from attnpass.graph import Builder, Shared, fake_mode_of, tensor
@@ -51,9 +52,10 @@ def _build(b: Builder, proved: Proved, kernel: Kernel, shared: Shared) -> Node:
     v = arrange(b, site.v, (roles.batch, roles.shared, roles.keys, roles.v_width), sizes, expand=True)
     q, k, scale = _scaled(b, site, q, k, sizes)
     q, k, v = (_cast(b, node, dtype) for node in (q, k, v))
-    call = Call(q=q, k=k, v=v, scale=scale, groups=spec.groups, spec=spec)
-    if kernel.takes == "functions":
-        return _finished(b, site, _by_functions(b, proved, kernel, shared, call, sizes), sizes)
+    dropout = site.dropout if isinstance(site.dropout, float | int) else 0.0
+    call = Call(q=q, k=k, v=v, scale=scale, dropout=dropout, groups=spec.groups, spec=spec)
+    if kernel.takes != "tensor":
+        return _finished(b, site, _by_meaning(b, proved, kernel, shared, call, sizes), sizes)
     causal = site.causal or (kernel.can.causal and proved.causal)
     if causal or proved.unmasked:
         dense = Dense(mask=None)
@@ -66,8 +68,7 @@ def _build(b: Builder, proved: Proved, kernel: Kernel, shared: Shared) -> Node:
         dense = dense_mask(b, site, sizes, dtype, shared)
     if dense.scored is not None:
         q = b.call(aten.where.ScalarOther, dense.scored, q, 0.0)
-    dropout = site.dropout if isinstance(site.dropout, float | int) else 0.0
-    call = replace(call, q=q, mask=dense.mask, causal=causal, dropout=dropout)
+    call = replace(call, q=q, mask=dense.mask, causal=causal)
     out = _own(b, site, kernel.emit(b, call))
     return _finished(b, site, answered(b, out, call, dense, sizes, site), sizes)
 
@@ -79,18 +80,22 @@ def _own(b: Builder, site: Site, out: Node) -> Node:
     return b.call(aten.clone.default, out) if site.output_written and site.spec.grad else out
 
 
-def _by_functions(b: Builder, proved: Proved, kernel: Kernel, shared: Shared, call: Call, sizes: Sizes) -> Node:
-    """The call of a kernel that is given mask and biases as functions."""
+def _by_meaning(b: Builder, proved: Proved, kernel: Kernel, shared: Shared, call: Call, sizes: Sizes) -> Node:
+    """The call of a kernel that is given what masks and biases mean: as functions, or as arguments of its own."""
     site, spec = proved.site, proved.site.spec
     told = kernel.gives_lse(spec)
     sink = _sink(b, site, sizes)
-    if sink is not None and not told:
-        k, v = (b.call(aten.constant_pad_nd.default, node, [0, 0, 0, 1]) for node in (call.k, call.v))
-        call = replace(call, k=k, v=v)
-    call = replace(call, functions=functions(b, proved, shared, sink=None if told else sink))
+    afterwards = sink is not None and told and kernel.takes == "functions"
+    if kernel.takes == "forms":
+        call = replace(call, forms=forms(b, proved, shared, sink))
+    else:
+        if sink is not None and not told:
+            k, v = (b.call(aten.constant_pad_nd.default, node, [0, 0, 0, 1]) for node in (call.k, call.v))
+            call = replace(call, k=k, v=v)
+        call = replace(call, functions=functions(b, proved, shared, sink=None if told else sink))
     empty = site.rows is not EmptyRow.IMPOSSIBLE and sink is None  # beside a sink it is zero
-    out, lse = kernel.emit_with_lse(b, call) if told and (empty or sink is not None) else (kernel.emit(b, call), None)
-    if sink is not None and lse is not None:
+    out, lse = kernel.emit_with_lse(b, call) if told and (empty or afterwards) else (kernel.emit(b, call), None)
+    if afterwards and sink is not None and lse is not None:
         return sunk(b, out, lse, sink)
     out = _own(b, site, out)
     if not empty:

@@ -2,6 +2,7 @@
 
     the mask is gone           nothing is left of it, or the kernel knows it by a flag: no tensor is made or read
     the mask is a function     of which the kernel skips what it takes away, if that is expected to be faster
+    another kernel             that has arguments for all of it, if that is expected to be faster
     heads are not repeated     k and v are read as they were before, and the kernel shares them
 
 Nothing else counts: the same call in other words is left alone, so a rewritten graph is not rewritten again.
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from attnpass.cost import native_us
+from attnpass.cost import rated_us
 from attnpass.graph import is_one, same, tensor
 from attnpass.kernels import Kernel
 from attnpass.kernels.native import Native
@@ -35,6 +36,8 @@ def gained(proved: Proved, kernel: Kernel) -> bool:
     sure = spec.empty_rows is EmptyRow.IMPOSSIBLE
     if kernel.takes == "functions":
         return mask is not None and sure and proved.structured and _faster(kernel, spec)
+    if kernel.takes == "forms":
+        return sure and proved.expressed and _faster(kernel, spec)
     if mask is not None and (proved.unmasked or (kernel.can.causal and proved.causal)):
         return sure
     # the mask goes to the kernel as it is: not in a narrower dtype, nor q, k and v in a wider one
@@ -45,7 +48,7 @@ def gained(proved: Proved, kernel: Kernel) -> bool:
 
 
 def _faster(kernel: Kernel, spec: AttentionSpec) -> bool:
-    here, there = native_us(spec), kernel.cost(spec)
+    here, there = rated_us(spec, "native"), kernel.cost(spec)
     return here is not None and there is not None and there < here
 
 

@@ -85,7 +85,7 @@ def run(
         relies_on: dict[str, frozenset[str]] = {}
         stage = "prove"
         # all proofs before the first insertion: they speak of the graph as it was found
-        proofs = prove(graph, finding.sites, constants or {}, held or {})
+        proofs = prove(graph, [_surrounded(site) for site in finding.sites], constants or {}, held or {})
         if policy.empty_rows == "dont_care":
             proofs = [waive(proved) for proved in proofs]
         notes = tuple(
@@ -119,6 +119,12 @@ def run(
         )
     except Exception:
         return Outcome(failures=(Failure(graph=name, stage=stage, text=traceback.format_exc()),))
+
+
+def _surrounded(site: Site) -> Site:
+    """What the graph does not tell of how it will run."""
+    spec = dataclasses.replace(site.spec, deterministic=torch.are_deterministic_algorithms_enabled())
+    return dataclasses.replace(site, spec=spec)
 
 
 def _carry_out(

@@ -164,6 +164,21 @@ CATALOGUE: dict[str, Entry] = {
     "dropout": Entry(_K, "has no dropout {detail}", "In evaluation mode there is none."),
     "dropout_unknown": Entry(_K, "the dropout probability is not a known number", "Make it a constant."),
     "dense_mask": Entry(_K, "takes no dense mask", "A mask with proved structure may still do."),
+    "no_form": Entry(
+        _K,
+        "has no argument for {detail}",
+        "FlexAttention, or a mask that is a tensor, may do it.",
+    ),
+    "not_deterministic": Entry(
+        _K,
+        "its backward may give other bits each time",
+        "torch.use_deterministic_algorithms(True) is on; in evaluation, or without it, this kernel can serve.",
+    ),
+    "approximate": Entry(
+        _K,
+        "computes in fewer bits than its inputs have",
+        "Allow it with allow_approximate=True, after a look at what it does to your model's results.",
+    ),
     "bias_gradient": Entry(_K, "gives no gradient to a bias", "Trainable position biases need another kernel."),
     "bias_precision": Entry(
         _K,

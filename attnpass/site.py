@@ -178,6 +178,31 @@ class Functions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forms:
+    """A mask, a bias and a sink as the arguments that many kernels have for them.
+
+    Query i stands at i + keys - queries: positions are counted from the end of both, so that the last query stands at
+    the last key.
+    """
+
+    left: int | None = None  # how many keys behind it a query sees; None: all
+    right: int | None = None  # ... and ahead of it
+    slopes: Node | None = None  # ALiBi, float32 (heads,): a key n behind the query has the bias -n * slope
+    keys: Node | None = None  # bool, broadcastable to (batch, 1, 1, keys): False where no query sees the key
+    sink: Node | None = None  # broadcastable to (batch, heads, queries, 1)
+
+    @property
+    def causal(self) -> bool:
+        """Bounded by the query's own position and by nothing else."""
+        return self.right == 0 and self.left is None
+
+    @property
+    def window(self) -> bool:
+        """Bounded otherwise."""
+        return not self.causal and (self.left is not None or self.right is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Call:
     """What a kernel is given to emit: canonical (batch, heads, length, width) nodes, ready to be read."""
 
@@ -191,3 +216,4 @@ class Call:
     groups: int
     spec: AttentionSpec
     functions: Functions | None = None  # for a kernel that takes them: they are the mask, the biases and the soft cap
+    forms: Forms | None = None  # for a kernel that takes them: they are the mask, the bias and the sink

@@ -78,6 +78,7 @@ class AttentionSpec:
     empty_rows: EmptyRow = EmptyRow.IMPOSSIBLE
     grad: bool = False  # gradients of q, k or v may be asked for
     inference: bool = False  # ... but most likely are not: what is fast may be chosen for a forward pass alone
+    deterministic: bool = False  # the same inputs have to give the same bits: torch.use_deterministic_algorithms
     weights_used: bool = False  # scores or probabilities are read by something else too
 
     @property

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 
+import torch
 from torch.fx import Node
 
 from attnpass.graph import Builder, Shared
 from attnpass.layers import Dense, keeping, with_empty_rows
 from attnpass.masks import dense
+from attnpass.masks.expr import Value
 from attnpass.prove import Proved
 from attnpass.spec import EmptyRow
 
@@ -42,6 +44,12 @@ def mask_key(proved: Proved) -> tuple[Hashable, ...]:
 
 def written(b: Builder, proved: Proved) -> Node:
     """The keep-mask as a tensor."""
+    assert proved.proof is not None
+    return rendered(b, proved, proved.proof.keep)
+
+
+def rendered(b: Builder, proved: Proved, e: Value, dtype: torch.dtype = torch.bool) -> Node:
+    """An expression of a site's proof as a tensor that broadcasts to (batch, heads, queries, keys)."""
     proof = proved.proof
     assert proof is not None
-    return dense(proof.keep, b, proof.frame, proof.sizes, proof.nodes, device=proved.site.device)
+    return dense(e, b, proof.frame, proof.sizes, proof.nodes, device=proved.site.device, dtype=dtype)

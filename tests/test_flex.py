@@ -23,7 +23,7 @@ import attnpass
 from attnpass import choose
 from attnpass.capture import frames
 from attnpass.capture.dynamo import backend
-from attnpass.cost import flex_us, native_us
+from attnpass.cost import rated_us, unfused_us
 from attnpass.kernels import flex
 from attnpass.kernels.flex import Flex
 from attnpass.ledger import Report
@@ -366,14 +366,16 @@ def spec(
     ],
 )
 def test_the_cheaper_kernel(wanted: str, asked: AttentionSpec) -> None:
-    costs = {"native": native_us(asked), "flex": flex_us(asked)}
+    costs = {name: rated_us(asked, name) for name in ("native", "flex")}
     assert None not in costs.values()
     assert min(costs, key=lambda name: costs[name] or 0.0) == wanted
 
 
 def test_nothing_is_said_of_devices_that_were_not_measured() -> None:
-    assert native_us(spec(device="cpu")) is None
-    assert flex_us(spec(device="mps")) is None
+    assert rated_us(spec(device="cpu"), "native") is None
+    assert rated_us(spec(device="mps"), "flex") is None
+    assert rated_us(spec(), "a kernel that nobody measured") is None
+    assert unfused_us(spec(device="cpu")) is None
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("layers",),
     ("structured", "standin", "lse", "gain"),
     ("functions",),
+    ("closed",),
     ("choose", "emit"),
     ("pipeline",),
     ("capture",),

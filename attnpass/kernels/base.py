@@ -34,12 +34,17 @@ class Capabilities:
     unlike_widths: bool = False
     groups: bool = False
     causal: bool = False  # by a flag, without a tensor
+    window: bool = False  # ... by two numbers
+    key_padding: bool = False  # by a tensor over (batch, keys)
+    alibi: bool = False  # by one slope for each head
     dense_mask: bool = False
     bias_gradient: bool = False
     softcap: bool = False
     sink: bool = False
     dropout: bool = False
     backward: bool = False
+    deterministic: bool = False  # the same inputs give the same bits, or can be asked to, in the backward too
+    approximate: bool = False  # computes in fewer bits than its inputs have: taken only where the user allows it
 
 
 class Kernel(ABC):
@@ -47,7 +52,9 @@ class Kernel(ABC):
 
     name: str
     can: Capabilities
-    takes: Literal["tensor", "functions"] = "tensor"  # what mask and biases are given as
+    takes: Literal["tensor", "functions", "forms"] = "tensor"  # what mask and biases are given as
+    only_by_name: bool = False  # considered only where the user names it
+    verified: Literal["hardware", "contract"] = "hardware"  # "contract": against its documentation alone
 
     def available(self) -> Reason | None:
         """None when it can run here, else what is missing and what to install."""
@@ -75,7 +82,9 @@ class Kernel(ABC):
         if spec.groups > 1 and not can.groups:
             yield reason("groups")
         masked = not spec.mask.empty and not (can.causal and is_causal(spec))
-        if (masked or spec.bias) and not can.dense_mask:
+        if self.takes == "forms":
+            yield from _beyond(spec, can)
+        elif (masked or spec.bias) and not can.dense_mask:
             yield reason("dense_mask")
         if any(bias.grad for bias in spec.bias) and not can.bias_gradient:
             yield reason("bias_gradient")
@@ -89,6 +98,8 @@ class Kernel(ABC):
             yield reason("dropout", detail="")
         if spec.grad and not can.backward:
             yield reason("grad", detail="")
+        if spec.deterministic and spec.grad and not can.deterministic:
+            yield reason("not_deterministic")
 
     def compute_dtype(self, spec: AttentionSpec) -> str:
         """The dtype that operands and bias are cast to before the call; never narrower than the spec's."""
@@ -115,3 +126,24 @@ class Kernel(ABC):
         scores, (batch, heads, queries) in float32, -inf where the query sees no key; gradients flow through it.
         """
         raise NotImplementedError(f"{self.name} says that it gives no log-sum-exp")  # so it is never asked
+
+
+def _beyond(spec: AttentionSpec, can: Capabilities) -> Iterator[Reason]:
+    """What a mask and a bias have that this kernel has no argument for."""
+    mask = spec.mask
+    unknown = [
+        name
+        for name, there in (
+            ("a prefix", mask.prefix is not None),
+            ("chunks", mask.chunk is not None),
+            ("documents", mask.document),
+            ("a mask without proved structure", mask.dense),
+            ("a window", mask.window is not None and not can.window),
+            ("padded keys", mask.key_padding and not can.key_padding),
+            ("a causal mask", mask.causal is not None and not (can.causal or can.window)),
+            ("a bias", bool(spec.bias) and not can.alibi),
+        )
+        if there
+    ]
+    if unknown:
+        yield reason("no_form", detail=", ".join(unknown))

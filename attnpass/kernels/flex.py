@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from attnpass.cost import flex_us
+from attnpass.cost import rated_us
 from attnpass.errors import first_line
 from attnpass.graph import Builder, value
 from attnpass.kernels.base import Capabilities, Kernel
@@ -96,7 +96,7 @@ class Flex(Kernel):
         return spec.device != "cpu"
 
     def cost(self, spec: AttentionSpec) -> float | None:
-        return flex_us(spec)
+        return rated_us(spec, self.name)
 
     def emit(self, b: Builder, call: Call) -> Node:
         out = b.call(operator.getitem, _call(b, call, lse=False), 0)

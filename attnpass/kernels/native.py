@@ -12,9 +12,10 @@ from collections.abc import Iterator
 import torch
 from torch.fx import Node
 
-from attnpass.cost import native_us
-from attnpass.graph import Builder, is_one, tensor
+from attnpass.cost import rated_us
+from attnpass.graph import Builder
 from attnpass.kernels.base import Capabilities, Kernel
+from attnpass.kernels.operands import heads_repeated, keys_contiguous, narrowed, one_width, rows_contiguous
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call
 from attnpass.spec import AttentionSpec, is_causal
@@ -66,65 +67,28 @@ class Native(Kernel):
         return plain and spec.dtype in _HALF and spec.qk_width == spec.v_width
 
     def cost(self, spec: AttentionSpec) -> float | None:
-        return native_us(spec)
+        return rated_us(spec, self.name)
 
     def emit(self, b: Builder, call: Call) -> Node:
-        q, k, v = (_rows_contiguous(b, node) for node in (call.q, call.k, call.v))
-        shared = call.groups > 1
-        if shared and not self.shares_heads(call.spec):
-            # the kernels that torch would take do not share heads on CUDA; an expanded copy is still far smaller
-            # than the scores
-            k, v = (b.call(aten.repeat_interleave.self_int, node, call.groups, 1) for node in (k, v))
-            shared = False
-        mask = _keys_contiguous(b, call)
-        extra = {"scale": call.scale}
-        if shared:
-            extra["enable_gqa"] = True
-        width = call.spec.v_width
+        q, k, v = (rows_contiguous(b, node) for node in (call.q, call.k, call.v))
+        mask = call.mask
+        extra: dict[str, object] = {"scale": call.scale}
+        if call.groups > 1:
+            if self.shares_heads(call.spec):
+                extra["enable_gqa"] = True
+            else:
+                k, v = (heads_repeated(b, node, call.groups) for node in (k, v))
         if call.spec.device == "cpu":
-            q, k, v = _one_width(b, q, k, v)
+            q, k, v = one_width(b, q, k, v)
+        else:
+            mask = keys_contiguous(b, call)
         rest = (mask, float(call.dropout), call.causal)
         out = b.call(aten.scaled_dot_product_attention.default, q, k, v, *rest, **extra)
-        val = tensor(out)
-        assert val is not None
-        padded = isinstance(width, int) and val.shape[-1] != width  # a symbolic width is never padded
-        return b.call(aten.slice.Tensor, out, -1, 0, width) if padded else out
-
-
-def _keys_contiguous(b: Builder, call: Call) -> Node | None:
-    """On CUDA a mask has to be laid out along the keys, also where it is the same for all of them."""
-    val = tensor(call.mask) if call.mask is not None else None
-    keys = tensor(call.k)
-    if call.mask is None or val is None or keys is None or call.spec.device == "cpu" or not is_one(val.shape[-1]):
-        return call.mask
-    size: int | Node = call.spec.keys if isinstance(call.spec.keys, int) else b.call(aten.sym_size.int, call.k, 2)
-    wide = b.call(aten.expand.default, call.mask, [-1, -1, -1, size])
-    return b.call(aten.contiguous.default, wide)
-
-
-def _one_width(b: Builder, q: Node, k: Node, v: Node) -> tuple[Node, Node, Node]:
-    """Zeros appended to the narrower: they add nothing to a score, and the columns they make are cut off again."""
-    tk, tv = tensor(k), tensor(v)
-    assert tk is not None
-    assert tv is not None
-    if not isinstance(tk.shape[-1], int) or not isinstance(tv.shape[-1], int):
-        return q, k, v
-    more = tv.shape[-1] - tk.shape[-1]
-    if more > 0:
-        return b.call(aten.constant_pad_nd.default, q, [0, more]), b.call(aten.constant_pad_nd.default, k, [0, more]), v
-    return (q, k, b.call(aten.constant_pad_nd.default, v, [0, -more])) if more else (q, k, v)
-
-
-def _rows_contiguous(b: Builder, node: Node) -> Node:
-    # the fused forms want the last dimension contiguous; without it torch silently takes the unfused one
-    val = tensor(node)
-    assert val is not None
-    last = val.stride(-1)
-    return node if isinstance(last, int) and last == 1 else b.call(aten.contiguous.default, node)
+        return narrowed(b, out, call.spec.v_width)
 
 
 def _cpu(spec: AttentionSpec) -> Iterator[str]:
-    if spec.qk_width != spec.v_width and not _worth_padding(spec):
+    if spec.qk_width != spec.v_width and not worth_padding(spec):
         yield f"keys of width {spec.qk_width} with values of width {spec.v_width} on the CPU"
     if spec.dropout != 0.0:
         yield "dropout on the CPU"
@@ -132,7 +96,7 @@ def _cpu(spec: AttentionSpec) -> Iterator[str]:
         yield "a bias that needs a gradient on the CPU"
 
 
-def _worth_padding(spec: AttentionSpec) -> bool:
+def worth_padding(spec: AttentionSpec) -> bool:
     """The CPU's fused form needs one width; padding the narrower is cheap as long as it is not much narrower."""
     a, b = spec.qk_width, spec.v_width
     return isinstance(a, int) and isinstance(b, int) and max(a, b) <= 2 * min(a, b)
