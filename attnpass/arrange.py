@@ -4,9 +4,12 @@
     have  b i h d        want  b h i d       one permute
     have  b h i d        want  b h i d       nothing
 
-Only three kinds of operation are ever written: a reshape that splits, one permute, a reshape that merges (with
-unsqueeze and expand for axes the tensor does not have). The last may copy; where axes are merged is chosen so that it
-rarely does.
+Only three kinds of operation are ever written: a reshape that splits, one permute, a reshape that merges (with squeeze,
+unsqueeze and expand for axes that one side does not have). The last may copy; where axes are merged is chosen so that
+it rarely does.
+
+What a reshape leaves whole keeps the size that its own tensor tells: another that is equal to it only by a guard would
+make torch ask, while it works out strides, whether the one divides the other, and that question is a new guard.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from attnpass.errors import Refuse
-from attnpass.graph import Builder, same, tensor
+from attnpass.graph import Builder, plain, same, tensor
 from attnpass.site import Atom, Dim, Layout, Placed
 
 aten = torch.ops.aten
@@ -55,7 +58,7 @@ class Sizes:
                     if same(extent, size * times):
                         whole = self.b.call(aten.sym_size.int, source, dim)
                         return self.b.call(operator.floordiv, whole, times)
-        raise Refuse("axes_mixed", op="reshape", detail=f"the size {size} is nowhere in the graph")
+        raise Refuse("no_size", detail=size)
 
     def dim(self, dim: Dim) -> int | Node:
         known = 1
@@ -81,7 +84,7 @@ def arrange(b: Builder, placed: Placed, target: Layout, sizes: Sizes, *, expand:
     # drop dimensions of size one, then put the rest in the target's order
     keep = [dim for dim in dims if dim]
     if len(keep) != len(dims):
-        node = b.call(aten.reshape.default, node, [sizes.dim(dim) for dim in keep])
+        node = b.call(aten.squeeze.dims, node, [at for at, dim in enumerate(dims) if not dim])
     order = {atom: i for i, atom in enumerate(a for dim in target for a in dim)}
     wanted = sorted(keep, key=lambda dim: order[dim[0]])
     if wanted != keep:
@@ -92,12 +95,22 @@ def arrange(b: Builder, placed: Placed, target: Layout, sizes: Sizes, *, expand:
 def _split(b: Builder, placed: Placed, target: Layout, sizes: Sizes) -> tuple[Node, list[Dim]]:
     """Cut every dimension whose atoms do not stay together."""
     runs = {dim for want in target for dim in _runs(want)}
-    dims: list[Dim] = []
-    for dim in placed.layout:
-        dims.extend([dim] if dim in runs or len(dim) < 2 else [(atom,) for atom in dim])
+    cut = [[dim] if dim in runs or len(dim) < 2 else [(atom,) for atom in dim] for dim in placed.layout]
+    dims = [dim for parts in cut for dim in parts]
     if len(dims) == len(placed.layout):
         return placed.node, dims
-    return b.call(aten.reshape.default, placed.node, [sizes.dim(dim) for dim in dims]), dims
+    shape: list[int | Node] = []
+    for at, parts in enumerate(cut):
+        shape += [_size(b, placed.node, at)] if len(parts) == 1 else [sizes.dim(dim) for dim in parts]
+    return b.call(aten.reshape.default, placed.node, shape), dims
+
+
+def _size(b: Builder, node: Node, at: int) -> int | Node:
+    """The size of a dimension, as the tensor itself tells it."""
+    val = tensor(node)
+    assert val is not None
+    size = plain(val.shape[at])
+    return size if isinstance(size, int) else b.call(aten.sym_size.int, node, at)
 
 
 def _runs(dim: Dim) -> list[Dim]:
@@ -129,9 +142,6 @@ def _merge(
                 pieces.append(piece)
                 missing.append(False)
                 del rest[: len(piece)]
-        if not want:
-            pieces.append(())
-            missing.append(False)
     for at, piece in enumerate(pieces):
         if missing[at] or not piece:
             node = b.call(aten.unsqueeze.default, node, at)

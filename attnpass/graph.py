@@ -19,8 +19,9 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
+from attnpass.errors import Refuse, first_line
 from attnpass.ledger import Where
 from attnpass.spec import Size
 
@@ -72,6 +73,38 @@ def is_one(size: Any) -> bool:
 def same(a: Any, b: Any) -> bool:
     """Two sizes proved equal; never adds a guard."""
     return bool(statically_known_true(a == b))
+
+
+@contextlib.contextmanager
+def no_new_condition(env: ShapeEnv | None) -> Iterator[None]:
+    """Refuses what torch can tell only under a condition on sizes that the graph was not captured with: nobody would
+    check it when the graph runs.
+    """
+    if env is None:
+        yield
+        return
+    known, ignored = len(env.guards), env.counter["ignored_backward_guard"]
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "_ShapeEnvGuardError":  # not there in torch 2.11
+            raise
+        raise Refuse("new_condition", detail=first_line(error)) from error
+    new = [guard.expr for guard in env.guards[known:]]
+    del env.guards[known:]
+    counted = env.counter["ignored_backward_guard"] > ignored
+    env.counter["ignored_backward_guard"] = ignored
+    if counted and not new:  # torch 2.11: an environment that is closed only counts
+        raise Refuse("new_condition", detail="one that torch does not name")
+    if any(map(matters, new)):
+        raise Refuse("new_condition", detail=", ".join(str(expr) for expr in new if matters(expr)))
+
+
+def matters(condition: Any) -> bool:
+    """A condition on sizes is more than "this size is not 1", under which strides of fake results are computed: they
+    are not what the real call goes by.
+    """
+    return not (getattr(condition, "rel_op", None) == "!=" and condition.rhs in (0, 1))
 
 
 def plain(size: Any) -> Any:
@@ -149,6 +182,7 @@ class Builder:
         assert callable(node.target)
         with contextlib.ExitStack() as stack:
             if self.mode is not None:
+                stack.enter_context(no_new_condition(self.mode.shape_env))
                 stack.enter_context(self.mode)
                 stack.enter_context(enable_python_dispatcher())
                 if self.mode.shape_env is not None:

@@ -17,7 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 
 from attnpass.errors import Refuse
-from attnpass.graph import Builder, is_one, same, tensor, value
+from attnpass.graph import Builder, is_one, no_new_condition, same, tensor, value
 
 aten = torch.ops.aten
 _LOOKS_AT_STRIDES = {aten.as_strided.default, aten.as_strided_.default, aten.view.dtype, aten.view_as_complex.default}
@@ -73,8 +73,9 @@ def _strides_vanish(b: Builder, old: Node, now: torch.Tensor) -> bool:
                     return False  # copy or not is decided by strides, and here it shows
                 replays += 1
                 try:
-                    out = _replay(user, node, val)
-                except (RuntimeError, ValueError):
+                    with no_new_condition(b.mode.shape_env if b.mode is not None else None):
+                        out = _replay(user, node, val)
+                except (RuntimeError, ValueError, Refuse):
                     return False
                 if not _same_strides(value(user), out):
                     stack.append((user, out))

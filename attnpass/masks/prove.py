@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -84,35 +85,42 @@ class Masks:
                 index = placed_index(layer.tensor, self.sizes, site.sizes, atoms)
                 terms.append(Term(node=layer.tensor.node, index=index, factor=layer.factor.number))
         keep = ge(frame.i - frame.j) if site.causal else TRUE
-        return self.analyse(terms, frame, reader=site.anchor, keep=keep)
+        return self.analyse(terms, frame, reader=site.anchor, keep=keep, sink=site.sink is not None)
 
     def analyse(
-        self, terms: Sequence[Term], frame: Frame, *, reader: Node | None = None, keep: Bool = TRUE
+        self,
+        terms: Sequence[Term],
+        frame: Frame,
+        *,
+        reader: Node | None = None,
+        keep: Bool = TRUE,
+        sink: bool = False,
     ) -> MaskProof:
         """The meaning of these terms together, as `reader` sees them (by default, as they are when all is done).
 
-        `keep` is what is known to be masked besides: an argument of the call itself.
+        `keep` is what is known to be masked besides: an argument of the call itself. `sink`: a sink stands beside the
+        keys, and sees what is added to all of them.
         """
-        key = (tuple((t.node, t.index, t.off, t.fill, t.factor) for t in terms), frame.lengths, keep, reader)
+        key = (tuple((t.node, t.index, t.off, t.fill, t.factor) for t in terms), frame.lengths, keep, sink, reader)
         if key not in self._memo:
             # sites read one mask at different times; only where something is written does the time matter
             written = any(t.node in self._timed for t in terms)
-            plain = (*key[:3], None)
+            plain = (*key[:-1], None)
             if written:
-                self._memo[key] = self._analyse(tuple(terms), frame, reader, keep)
+                self._memo[key] = self._analyse(tuple(terms), frame, reader, keep, sink)
             else:
                 if plain not in self._memo:
-                    self._memo[plain] = self._analyse(tuple(terms), frame, None, keep)
+                    self._memo[plain] = self._analyse(tuple(terms), frame, None, keep, sink)
                 self._memo[key] = self._memo[plain]
         return self._memo[key]
 
-    def _analyse(self, terms: tuple[Term, ...], frame: Frame, reader: Node | None, keep: Bool) -> MaskProof:
+    def _analyse(self, terms: tuple[Term, ...], frame: Frame, reader: Node | None, keep: Bool, sink: bool) -> MaskProof:
         position = self.lifter.writes.position
         when = len(position) if reader is None else position[reader]
         self.lifter.reset()
         failures: list[str] = []
         lifted = [self._lift(term, when, failures) for term in terms]
-        proof = self._prove(terms, lifted, frame, keep)
+        proof = self._prove(terms, lifted, frame, keep, sink)
         if failures:
             return proof.checked(f"disagreed: {'; '.join(failures)}")
         if not self._check:
@@ -120,7 +128,7 @@ class Masks:
         check = Comparison(self.lifter, frame, when).check(proof.structure, terms, lifted, keep)
         if check.startswith("disagreed"):
             opaque = [self.lifter.load(t.node, t.index, "withdrawn") for t in terms]
-            proof = self._prove(terms, opaque, frame, keep)
+            proof = self._prove(terms, opaque, frame, keep, sink)
         return proof.checked(check)
 
     def _lift(self, term: Term, when: int, failures: list[str]) -> Value:
@@ -135,7 +143,9 @@ class Masks:
         self.lifter.reset()
         return self.lifter.load(term.node, term.index, reason)
 
-    def _prove(self, terms: tuple[Term, ...], lifted: Sequence[Value], frame: Frame, keep: Bool) -> MaskProof:
+    def _prove(
+        self, terms: tuple[Term, ...], lifted: Sequence[Value], frame: Frame, keep: Bool, sink: bool
+    ) -> MaskProof:
         fills: set[float] = set()
         added: list[AddedTerm] = []
         steps: list[str] = []
@@ -150,6 +160,8 @@ class Masks:
             keep = both(keep, parts.keep)
             fills.update(parts.fills)
             bias = describe(parts.bias, frame)
+            if sink and bias.kind == "row":
+                bias = replace(bias, kind="dense")  # the same for all keys, but the sink is beside them
             steps.append(f"{term.node.name} adds, besides masking: {bias.kind}")
             added.append(
                 AddedTerm(term=term, bias=bias, values=parts.values, exact=parts.exact, masking=parts.keep != TRUE)

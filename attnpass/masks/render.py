@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from attnpass.errors import Refuse
 from attnpass.graph import Builder
 from attnpass.masks.expr import (
     And,
@@ -244,10 +245,6 @@ class Renderer:
 # --- into a graph ------------------------------------------------------------------------------------------------
 
 
-class NoSize(Exception):
-    """A symbolic size that no tensor of the graph has."""
-
-
 def dense(
     e: Value,
     b: Builder,
@@ -316,7 +313,7 @@ class SizeNodes:
             for d, n in enumerate(val.shape if isinstance(val, torch.Tensor) else ()):
                 if isinstance(n, torch.SymInt) and n.node.expr == expr:
                     return self.b.call(aten.sym_size.int, node, d)
-        raise NoSize(str(expr))
+        raise Refuse("no_size", detail=expr)
 
     def scalar(self, op: Callable[..., Any], *args: Any) -> Any:
         return self.b.call(op, *args) if any(isinstance(a, Node) for a in args) else op(*args)

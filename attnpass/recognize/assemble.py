@@ -21,7 +21,7 @@ from attnpass.reasons import Reason, reason
 from attnpass.recognize.axes import Axes, atoms
 from attnpass.recognize.meaning import Meaning, as_fills, describe_layers
 from attnpass.recognize.operands import Candidate, Reach, candidates, cheapest
-from attnpass.recognize.ops import describe
+from attnpass.recognize.ops import describe, op_name
 from attnpass.recognize.purity import Effects
 from attnpass.recognize.readers import escaping
 from attnpass.recognize.roles import Named, assign_roles, name_axes, outer_axes
@@ -41,6 +41,11 @@ class Place:
     default: State
 
     @cached_property
+    def sums_exponentials(self) -> bool:
+        """There is a log-sum-exp that something needs."""
+        return any(op_name(node) == "logsumexp" for node in self.live)
+
+    @cached_property
     def picks_kernels(self) -> bool:
         """The program tells torch itself, by a context manager, which of its kernels to take."""
         return any(getattr(node.target, "__name__", "") == "_sdpa_kernel" for node in self.effects.position)
@@ -50,14 +55,16 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     """The site, or Refuse."""
     axes, effects = w.axes, place.effects
     product, _, v_node = out.products[0]
+    result = out.result or product.node
     named = name_axes(anchor, found, out, w)
-    state = _one_state(found, anchor, product.node, out.crossed, place)
-    reach = Reach(axes=axes, effects=effects, stop=effects.position[product.node], state=state, default=place.default)
+    state = _one_state(found, anchor, result, out.crossed, place)
+    reach = Reach(axes=axes, effects=effects, stop=effects.position[result], state=state, default=place.default)
     operands = _operands(named, found, out, reach)
     named = named.resolved(axes)
     qs, ks, vs, dtype = operands.qs, operands.ks, operands.vs, operands.dtype
     outer = outer_axes(scores, named, qs, ks, vs, w)
-    grad = any(x.meta.get("attnpass_grad", False) for x in (found.q, found.k, v_node))
+    sources = (found.q, found.k, v_node, *(() if found.at.sink is None else (found.at.sink.node,)))
+    grad = any(x.meta.get("attnpass_grad", False) for x in sources)
     layers = as_fills(tuple(_resolved(layer, axes) for layer in found.at.layers), effects, dtype, grad=grad)
     roles = assign_roles(anchor, named, outer, layers, qs, ks, axes)
     q = cheapest(qs, (roles.batch, roles.heads, roles.queries, roles.width), axes)
@@ -69,14 +76,14 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     _readable([q.placed, k.placed, v.placed], beside, [p for p, _ in scale.tensors], anchor, reach, grad=grad)
     region = {*found.at.seen, *anchor.parts, anchor.node, *out.crossed}
     kept = {p.node for p in (q.placed, k.placed, v.placed, *beside, *(p for p, _ in scale.tensors))}
-    form, others = escaping(region, product.node, kept, effects, place.live)
+    form, others = escaping(region, result, kept, effects, place.live)
     low = EmptyRow.MEAN if found.at.centred else anchor.low
     masks = describe_layers(layers, effects, dtype, roles, axes, grad=grad, floored=found.at.floored, low=low)
     spec = _spec(roles, axes, dtype, scale, found, out, masks, anchor, grad=grad, weights_used=bool(others))
     spec = dataclasses.replace(spec, inference=state.inference)
     return Site(
         anchor=anchor.node,
-        output=product.node,
+        output=result,
         output_layout=axes.resolve(out.out_layout),
         q=_final(q, axes),
         k=_final(k, axes),
@@ -87,7 +94,7 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
         layers=layers,
         in_order=masks.in_order,
         floored=found.at.floored,
-        hollow=anchor.empty,
+        hollow=EmptyRow.ZERO if sink is not None and out.result is None else anchor.empty,
         softcap=found.at.softcap,
         sink=sink,
         dropout=out.dropout,
@@ -97,8 +104,8 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
         other_readers=others,
         state=state,
         assumptions=(*masks.assumptions, *(STREAM if out.dropout != 0.0 else ())),
-        obstacles=(*masks.obstacles, *_used(others, out)),
-        output_written=effects.written(product.node),
+        obstacles=(*masks.obstacles, *_hollow(masks, anchor, out), *_used(others, out)),
+        output_written=effects.written(result),
         trail=tuple(describe(node) for node in found.at.seen),
     )
 
@@ -126,7 +133,8 @@ def _operands(named: Named, found: Found, out: Outwards, reach: Reach) -> _Opera
 
 def _scale(found: Found, folded: float, axes: Axes) -> Factor:
     """The factor of q.k: what the walk collected and what was folded out of the operands."""
-    scale = found.at.factor.times(Factor(folded * (found.at.softcap or 1.0)))
+    cap = found.at.softcap  # what the walk collected inside of it has been divided by it; a symbolic one it took out
+    scale = found.at.factor.times(Factor(folded * (cap if isinstance(cap, float | int) else 1.0)))
     tensors = tuple((Placed(p.node, axes.resolve(p.layout)), power) for p, power in scale.tensors)
     return dataclasses.replace(scale, tensors=tensors)
 
@@ -209,6 +217,13 @@ def _resolved(layer: Layer, axes: Axes) -> Layer:
     return dataclasses.replace(layer, tensor=placed, factor=factor)
 
 
+def _hollow(masks: Meaning, anchor: Anchor, out: Outwards) -> tuple[Reason, ...]:
+    """Beside a sink a query without any key gets zero; scaled by the share of its keys, NaN stays NaN."""
+    if out.result is None or masks.empty is not EmptyRow.NAN or anchor.empty is EmptyRow.ZERO:
+        return ()
+    return (reason("empty_rows", detail="it is no number there, and beside a sink zero"),)
+
+
 def _used(others: tuple[Node, ...], out: Outwards) -> tuple[Reason, ...]:
     if not others:
         return ()
@@ -228,14 +243,18 @@ def scale_text(scale: Factor) -> float | str:
         return scale.number
     parts: list[str] = [] if math.isclose(scale.number, 1.0) else [f"{scale.number:.6g}"]
     for node, power in scale.scalars:
-        val = node.meta.get("val")
-        name = str(val.node.expr) if isinstance(val, torch.SymInt | torch.SymFloat) else node.name
+        name = _scalar_text(node)
         parts.append(name if power > 0 else f"1/{name}")
     for placed, power in scale.tensors:
         val = tensor(placed.node)
         shape = "x".join(str(size_text(s)) for s in val.shape) if val is not None else ""
         parts.append(f"tensor[{shape}]" if power > 0 else f"1/tensor[{shape}]")
     return " * ".join(parts)
+
+
+def _scalar_text(node: Node) -> str:
+    val = node.meta.get("val")
+    return str(val.node.expr) if isinstance(val, torch.SymInt | torch.SymFloat) else node.name
 
 
 def _spec(
@@ -260,7 +279,7 @@ def _spec(
     assert first is not None
     batch, heads, shared = size(roles.batch), size(roles.heads), size(roles.shared)
     groups: Any = axes.dim_size(roles.group)
-    p = out.dropout
+    p, cap = out.dropout, found.at.softcap
     return AttentionSpec(
         q=(batch, heads, size(roles.queries), size(roles.width)),
         k=(batch, shared, size(roles.keys), size(roles.width)),
@@ -273,7 +292,7 @@ def _spec(
         bias=masks.bias,
         softmax_dtype=dtype_text(_softmax_dtype(anchor, probabilities)),
         dropout=p if isinstance(p, int | float) else str(p),
-        softcap=found.at.softcap,
+        softcap=_scalar_text(cap) if isinstance(cap, Node) else cap,
         sink=found.at.sink is not None,
         empty_rows=masks.empty if anchor.empty != "zero" or masks.empty != "nan" else anchor.empty,
         grad=grad,

@@ -16,6 +16,7 @@ from attnpass.recognize.gradients import mark_gradients
 from attnpass.recognize.ops import describe
 from attnpass.recognize.purity import Effects
 from attnpass.recognize.safe import with_guard
+from attnpass.recognize.scaled import Scales
 from attnpass.recognize.softmax import Anchor, anchors
 from attnpass.recognize.walk import Inner, Walker
 from attnpass.recognize.weights import outwards
@@ -63,6 +64,16 @@ def find(graph: Graph, default: State) -> Finding:
 def _recognise(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail: list[str]) -> Site:
     if anchor.fused:
         return existing_call(anchor, place)
+    if place.sums_exponentials:
+        try:
+            return _site(anchor, place, lookahead, [], scaled=True)
+        except Refuse:
+            pass  # without a sink the log-sum-exp is one more reader of the scores
+    return _site(anchor, place, lookahead, trail, scaled=False)
+
+
+def _site(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail: list[str], *, scaled: bool) -> Site:
+    """The site of one softmax; `scaled`: whose result is scaled by a log-sum-exp, which makes a sink of it."""
     assert isinstance(anchor.source, Node)
     val, probabilities = tensor(anchor.source), tensor(anchor.node)
     if val is None or probabilities is None or not val.is_floating_point():
@@ -77,7 +88,13 @@ def _recognise(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail:
         raise Refuse("single_key", anchor.node)
     walker = Walker(place.effects, axes, over, lookahead)
     source = walker.read(anchor.reader, anchor.source)
-    start = Inner(node=source, layout=layout, factor=Factor(anchor.base))
+    scales = Scales(axes, place.effects, place.live)
+    scaling = scales.read(anchor, source, layout, over) if scaled else None
+    if scaled and scaling is None:
+        raise Refuse("no_product_after", anchor.node, op="nothing")
+    start = Inner(
+        node=source, layout=layout, factor=Factor(anchor.base), sink=None if scaling is None else scaling.sink
+    )
     try:
         found = walker.walk(start)
     except Refuse as why:
@@ -87,6 +104,8 @@ def _recognise(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail:
     out = outwards(anchor.node, axes.resolve(layout), axes, place.effects, place.live, walker.sink)
     if not out.products:
         raise _why_no_values(out.refused) or Refuse("no_product_after", anchor.node, op="nothing")
+    if scaling is not None:
+        scales.apply(scaling, out)
     return assemble(anchor, layout, found, out, walker, place)
 
 

@@ -26,6 +26,7 @@ _ALIASES = {
     "multiply": "mul",
     "negative": "neg",
     "special_exp2": "exp2",
+    "special_expit": "sigmoid",
     "special_log_softmax": "log_softmax",
     "special_logsumexp": "logsumexp",
     "special_softmax": "softmax",

@@ -336,10 +336,19 @@ def floored(w: Walker, at: Inner) -> Inner:
 @register_rule("tanh")
 def softcap(w: Walker, at: Inner) -> Inner:
     # cap * tanh(x / cap): the factor collected outside is the cap, the one met further in contains 1 / cap
-    if at.softcap is not None or not at.factor.is_number or at.factor.number <= 0:
+    cap = _cap(at.factor)
+    if at.softcap is not None or cap is None:
         raise Refuse("nonlinear_scores", at.node, op="tanh")
     source = w.read(at.node, at.node.args[0])
-    return at.step(source, at.layout, softcap=at.factor.number, factor=Factor())
+    return at.step(source, at.layout, softcap=cap, factor=Factor())
+
+
+def _cap(factor: Factor) -> float | Node | None:
+    """A positive number, or one symbolic scalar of either sign: by the latter the walk's end has to find x divided."""
+    if factor.is_number:
+        return factor.number if factor.number > 0 else None
+    alone = factor.number == 1.0 and not factor.tensors and len(factor.scalars) == 1
+    return factor.scalars[0][0] if alone and factor.scalars[0][1] == 1 else None
 
 
 @register_rule("cat")
@@ -354,7 +363,13 @@ def sink(w: Walker, at: Inner) -> Inner:
         raise Refuse("two_score_tensors", at.node)
     dim = dim % len(at.layout)
     whole = w.axes.resolve_dim(at.layout[dim])
-    if w.sink is not None or at.softcap is not None or whole != w.axes.resolve_dim(w.over) or len(parts) != 2:
+    if (
+        w.sink is not None
+        or at.sink is not None
+        or at.softcap is not None
+        or whole != w.axes.resolve_dim(w.over)
+        or len(parts) != 2
+    ):
         raise Refuse("unknown_arguments", at.node, op="cat", detail="not one column beside the scores")
     if any(atoms(layer.placed.layout) & set(whole) for layer in at.layers) or at.factor != Factor():
         raise Refuse("unknown_arguments", at.node, op="cat", detail="the sink is scaled or masked with the scores")

@@ -42,7 +42,7 @@ class Inner:
     layout: Layout
     factor: Factor = dataclasses.field(default_factory=Factor)
     layers: tuple[Layer, ...] = ()
-    softcap: float | None = None
+    softcap: float | Node | None = None  # a node: a symbolic scalar, by which the factor further in has to divide
     sink: Placed | None = None
     centred: bool = False  # the row maximum is taken away before anything else happens to the scores
     floored: bool = False  # scores are clamped from below at the lowest finite number
@@ -286,6 +286,8 @@ class Walker:
             raise Refuse("not_a_query_key_product", at.node, detail="no operand carries the whole key axis")
         a, b = self.read(product.inner, product.a), self.read(product.inner, product.b)
         factor = at.factor.times(self.factor_of(at, product.alpha, 1))
+        if isinstance(at.softcap, Node):
+            factor = _uncapped(factor, at.softcap, at.node)
         layers = at.layers
         if product.extra is not None:
             layers = self.add_term(at, product.extra, product.beta).layers
@@ -295,6 +297,14 @@ class Walker:
         if in_b:
             return Found(at=at, product=product, q=a, k=b, q_layout=product.a_layout, k_layout=product.b_layout)
         return Found(at=at, product=product, q=b, k=a, q_layout=product.b_layout, k_layout=product.a_layout)
+
+
+def _uncapped(factor: Factor, cap: Node, product: Node) -> Factor:
+    """The scale s of cap * tanh(s * q.k / cap). That is the same scalar, so nothing has to be known of its value."""
+    rest = tuple(one for one in factor.scalars if one[0] is not cap)
+    if [power for node, power in factor.scalars if node is cap] != [-1]:
+        raise Refuse("nonlinear_scores", product, op="tanh")
+    return dataclasses.replace(factor, scalars=rest)
 
 
 def _as_large(a: Node, b: Node) -> bool:

@@ -52,6 +52,7 @@ class Outwards:
     refused: list[Refuse] = field(default_factory=list)
     dropout: Any = 0.0
     out_layout: Layout = ()
+    result: Node | None = None  # where it is not the product itself: the product scaled (scaled.py)
 
 
 def outwards(node: Node, layout: Layout, axes: Axes, effects: Effects, live: set[Node], sink: Sink | None) -> Outwards:

@@ -1,6 +1,6 @@
 """The zoo: one table of cases that drives recognition, refusal, numerics and docs/zoo.md.
 
-    scale masks fills spellings products heads terms effects forms lookalikes calls modules corners
+    scale masks fills spellings products heads terms sinks effects forms lookalikes calls modules corners
     adversarial: the cases
     case.py       what a case is                    idioms.py     where the cases come from
     judge.py      expectations against reports      numbers.py    errors against float64
@@ -24,6 +24,7 @@ from tests.zoo import (  # noqa: F401  importing a theme puts its cases on the t
     modules,
     products,
     scale,
+    sinks,
     spellings,
     terms,
 )

@@ -48,6 +48,7 @@ class Site:
     prefix: int | str | None = None
     chunk: int | str | None = None
     document: bool = False
+    limited: bool = False
     key_padding: bool = False
     dense: bool = False  # a keep-mask that is not proved to be any of these
     bias: tuple[Shape, ...] = ()  # shapes of the tensors that are added, against (batch, heads, queries, keys)

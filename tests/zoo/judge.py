@@ -12,7 +12,7 @@ from torch.fx import GraphModule
 
 from tests.zoo.case import TEXT, Case, Site
 
-STRUCTURE = ("causal", "window", "prefix", "chunk", "document", "key_padding", "dense")
+STRUCTURE = ("causal", "window", "prefix", "chunk", "document", "limited", "key_padding", "dense")
 
 
 def differences(case: Case, report: dict[str, Any], *, grad: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""What is added to the scores or bends them: position biases, ALiBi, windows, soft caps, sinks."""
+"""What is added to the scores or bends them: position biases, ALiBi, windows, soft caps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from tests.zoo.case import Built, Miss, Site, T, case, keep, noise, plain, qkv, 
 
 INF = float("inf")
 CAPPED = Site(scale=0.3, softcap=5.0, replaced=False, reason="no_kernel")
-SINK = Site(scale=0.3, sink=True, replaced=False, reason="no_kernel")
 
 
 # -- biases --------------------------------------------------------------------------------------------------------
@@ -316,63 +315,7 @@ def scores_clamped(q: T, k: T, v: T) -> T:
     return (q @ k.mT * 0.3).clamp(min=-1.0, max=1.0).softmax(-1) @ v
 
 
-# -- sinks -------------------------------------------------------------------------------------------------------------
-
-
-def with_sink() -> tuple[T, T, T, T]:
-    return (*qkv(), noise(3, seed=5))
-
-
-@plain("sink-column", SINK, inputs=with_sink)
-def gpt_oss_sink(q: T, k: T, v: T, sinks: T) -> T:
-    scores = q @ k.mT * 0.3
-    sinks = sinks.reshape(1, -1, 1, 1).expand(q.shape[0], -1, q.shape[-2], -1)
-    combined = torch.cat([scores, sinks], dim=-1)
-    combined = combined - combined.max(dim=-1, keepdim=True).values
-    return combined.softmax(dim=-1)[..., :-1] @ v
-
-
-@plain("openvino#31838", SINK, inputs=with_sink)
-def a_sink_without_the_row_maximum(q: T, k: T, v: T, sinks: T) -> T:
-    sinks = sinks.view(1, 3, 1, 1).expand(2, 3, 5, 1)
-    return torch.cat((q @ k.mT * 0.3, sinks), dim=-1).softmax(-1)[..., :7] @ v
-
-
-@plain("sink-column", SINK, inputs=with_sink)
-def a_sink_as_the_first_column(q: T, k: T, v: T, sinks: T) -> T:
-    sinks = sinks.view(1, 3, 1, 1).expand(2, 3, 5, 1)
-    return torch.cat((sinks, q @ k.mT * 0.3), dim=-1).softmax(-1)[..., 1:] @ v
-
-
-@plain(
-    "sink-column",
-    Site(scale=0.3, sink=True, bias=((2, 1, 5, 7),), empty_rows="nan", replaced=False, reason="no_kernel"),
-    inputs=lambda: (*with_sink(), noise(2, 1, 5, 7, seed=6, grad=False)),
-)
-def a_sink_beside_masked_scores(q: T, k: T, v: T, sinks: T, mask: T) -> T:
-    scores = q @ k.mT * 0.3 + mask
-    combined = torch.cat([scores, sinks.view(1, 3, 1, 1).expand(2, 3, 5, 1)], dim=-1)
-    return combined.softmax(-1)[..., :-1] @ v
-
-
-@plain("sink-column", Miss("probabilities_changed"), inputs=with_sink)
-def the_wrong_column_cut_off_after_a_sink(q: T, k: T, v: T, sinks: T) -> T:
-    combined = torch.cat([q @ k.mT * 0.3, sinks.view(1, 3, 1, 1).expand(2, 3, 5, 1)], dim=-1)
-    return combined.softmax(-1)[..., 1:] @ v
-
-
-@plain("sink-column", Miss("unknown_arguments"), inputs=lambda: (*qkv(), noise(3, 2, seed=5)))
-def two_sink_columns(q: T, k: T, v: T, sinks: T) -> T:
-    combined = torch.cat([q @ k.mT * 0.3, sinks.view(1, 3, 1, 2).expand(2, 3, 5, 2)], dim=-1)
-    return combined.softmax(-1)[..., :-2] @ v
-
-
-@plain("sink-lse", Site(scale=0.3, replaced=False, reason="weights_used"), inputs=with_sink)
-def granite_sink_by_log_sum_exp(q: T, k: T, v: T, sinks: T) -> T:
-    scores = q @ k.mT * 0.3
-    out = scores.softmax(-1) @ v
-    lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-    return out * torch.sigmoid(lse - sinks.view(1, 3, 1, 1))
+# -- one more key, rows that are shifted -----------------------------------------------------------------------------
 
 
 @plain("sink-column", Site(scale=0.3, k=(2, 3, 8, 8), v=(2, 3, 8, 8)))
