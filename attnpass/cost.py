@@ -78,8 +78,14 @@ def rated_us(spec: AttentionSpec, kernel: str) -> float | None:
         extra = 4 * _LAUNCH + 2 * _bytes(spec) / rates().bytes_per_us  # keys and values are moved together
     if spec.sink or spec.empty_rows != "impossible":
         extra += _LAUNCH
+    share = min(1.0, share + edge)
+    if known.masks == "blocks" and spec.bias:
+        # No rate of a bias that is a function was measured (T5's takes a logarithm and a read for each score). It is
+        # taken to cost what a tensor costs, so that nothing but the blocks left out speaks for the function: T5's
+        # encoder stays with the tensor at any length.
+        return _by_tensor(spec, rates().kernels["native"]) * share + extra
     bounded = spec.mask.causal is not None or spec.mask.window is not None
-    return _time(spec, known, "causal" if bounded else "full", min(1.0, share + edge)) + extra
+    return _time(spec, known, "causal" if bounded else "full", share) + extra
 
 
 def unfused_us(spec: AttentionSpec) -> float | None:

@@ -101,7 +101,9 @@ def _by_meaning(b: Builder, proved: Proved, kernel: Kernel, shared: Shared, call
     if not empty:
         return out
     rows = rows_with_a_key(b, proved, shared) if lse is None else alive(b, lse)
-    return answered(b, out, call, answers(proved, rows), sizes, site)
+    for dense in answers(b, proved, shared, rows):
+        out = answered(b, out, call, dense, sizes, site)
+    return out
 
 
 def _sink(b: Builder, site: Site, sizes: Sizes) -> Node | None:

@@ -6,7 +6,7 @@
     structure     ──>  lists of the blocks that keep anything, and of those that keep all
 
 Each function is written from the same expressions as a dense mask would be, so no tensor over queries and keys comes
-to be. Sites with equal masks share functions and lists.
+to be. Sites with equal masks share functions and lists. Biases that are data are in tame.py.
 
 A sink is an extra key of value zero whose score is the sink itself. Where the kernel returns its log-sum-exp it is
 cheaper to rescale the result afterwards (lse.py); where it does not, that key is appended here, and no block is left
@@ -25,28 +25,39 @@ from torch.fx import Graph, GraphModule, Node
 from attnpass.graph import Builder, Shared, tensor
 from attnpass.kernels.ops import apart
 from attnpass.layers import Dense
-from attnpass.masks import AddedTerm, MaskProof
+from attnpass.masks import MaskProof
 from attnpass.masks.blocks import BLOCK, judged, listed
 from attnpass.masks.expr import Expr, Fn, Load, Poly, Sym, Value, Var, walk
 from attnpass.masks.ranges import integer_bounds
 from attnpass.masks.render import Renderer, SizeNodes
 from attnpass.masks.structure import Structure
+from attnpass.masks.writes import link
 from attnpass.prove import Proved
 from attnpass.reasons import Reason, reason
-from attnpass.site import BlockLists, Functions
+from attnpass.site import BlockLists, Functions, Site
 from attnpass.spec import EmptyRow
 from attnpass.structured import mask_key, written
+from attnpass.tame import addend, score_key, stepped, tameness, unless
+from attnpass.tame import rows_with_a_key as tame_rows
 
 aten = torch.ops.aten
 
 
-def obstacles(proved: Proved) -> Iterator[Reason]:
-    """Why a site's mask and biases cannot be given to a kernel as functions."""
+def obstacles(proved: Proved, *, while_tame: bool = False) -> Iterator[Reason]:
+    """Why a site's mask and biases cannot be given to a kernel as functions.
+
+    `while_tame`: the kernel takes any functions, so it may do with what is proved as long as data are tame.
+    """
     site, proof = proved.site, proved.proof
-    if not proved.expressed or proof is None:
+    known = proved.while_tame if while_tame else None
+    if proof is None or not (proved.expressed or known is not None):
         yield reason("not_expressed")
         return
-    if any(node.meta.get("attnpass_grad", False) for node, _ in proof.loads):
+    if known is not None and site.spec.device != "cpu" and any(n.value is None for n in proof.frame.lengths):
+        # the mask reads whether the data are tame; of symbolic sizes beside scores that read data nothing was measured
+        yield reason("kernel_bug", detail="NaN with symbolic sizes and a mask that reads data (pytorch#186775)")
+    # a parameter says that it needs a gradient even where none is recorded
+    if site.state.grad and any(node.meta.get("attnpass_grad", False) for node, _ in proof.loads):
         yield reason("bias_gradient")
     if site.spec.device == "cpu" and any(_symbolic(node) for node, _ in proof.loads):
         yield reason("no_fused_form", detail="a mask of symbolic size on the CPU")
@@ -65,27 +76,28 @@ def functions(b: Builder, proved: Proved, shared: Shared, *, sink: Node | None =
     """The functions of a site that has no obstacles; `sink` is to be an extra key, behind the others."""
     site, proof = proved.site, proved.proof
     assert proof is not None
-    writer = _Writer(b, proof, site.device)
-    biases = [a.bias.value for a in proof.biases]
+    writer = _Writer(b, proof, site, shared)
+    tame = tameness(b, proved, shared)
+    read = [a.bias.value for a in proof.biases] + ([proof.keep] if proved.while_tame is not None else [])
 
     def made(key: Hashable, make: Callable[[], _Made]) -> _Made:
-        place = (key, proof.frame.lengths, site.device, sink)
+        place = (key, proof.frame.lengths, site.device, sink, tame)
         return shared.all(place, b, make, lambda function: (function[0], *function[1]))
 
     keep, keep_reads = made(
         ("keep", proof.keep),
-        lambda: writer.function(("b", "h", "i", "j"), [proof.keep], lambda f: _keep(f, proof, sink)),
+        lambda: writer.function(("b", "h", "i", "j"), [proof.keep], lambda f: _keep(f, proof, tame, sink)),
     )
     score, score_reads = made(
-        ("score", site.softcap, *((a.bias.value, a.term.factor, _dtype(a)) for a in proof.biases)),
-        lambda: writer.function(("score", "b", "h", "i", "j"), biases, lambda f: _score(f, proof, site.softcap, sink)),
+        ("score", site.softcap, *score_key(proved)),
+        lambda: writer.function(("score", "b", "h", "i", "j"), read, lambda f: _score(f, proved, sink)),
     )
     return Functions(
         score=score,
         score_reads=score_reads,
         keep=keep,
         keep_reads=keep_reads,
-        blocks=_blocks(b, writer, shared, sink),
+        blocks=_blocks(b, writer, shared, sink, tame),
     )
 
 
@@ -94,13 +106,25 @@ def rows_with_a_key(b: Builder, proved: Proved, shared: Shared) -> Node:
 
     The mask is written out only to be reduced at once, which a compiler makes one loop of.
     """
+    if proved.while_tame is not None:
+        return tame_rows(b, proved, shared)
     return shared.get(("rows", *mask_key(proved)), b, lambda: b.call(aten.any.dim, written(b, proved), -1, True))
 
 
-def answers(proved: Proved, alive: Node) -> Dense:
-    """How the rows without a key are answered."""
-    site = proved.site
-    return Dense(mask=None, alive=alive, answer=site.rows, flows=site.flows)
+def answers(b: Builder, proved: Proved, shared: Shared, alive: Node) -> list[Dense]:
+    """How the rows without a key are answered, one way after the other."""
+    site, known = proved.site, proved.while_tame
+    if known is None:
+        return [Dense(mask=None, alive=alive, answer=site.rows, flows=site.flows)]
+    tame = tameness(b, proved, shared)
+    hollow = Dense(mask=None, alive=alive, answer=site.hollow)
+    if tame is None or known.rows is not EmptyRow.MEAN:
+        return [hollow]  # while data are tame there is no such row, or it is one of -inf too
+    wild = b.call(aten.logical_not.default, tame)
+    return [
+        replace(hollow, alive=b.call(aten.logical_or.default, alive, tame)),
+        Dense(mask=None, alive=b.call(aten.logical_or.default, alive, wild), answer=EmptyRow.MEAN),
+    ]
 
 
 _Made = tuple[Node, tuple[Node, ...]]  # the node of a function, and what it reads
@@ -112,10 +136,12 @@ _Made = tuple[Node, tuple[Node, ...]]  # the node of a function, and what it rea
 class _Writer:
     """Writes functions that read the tensors and sizes of one graph."""
 
-    def __init__(self, b: Builder, proof: MaskProof, device: torch.device) -> None:
+    def __init__(self, b: Builder, proof: MaskProof, site: Site, shared: Shared) -> None:
         self.proof = proof
-        self.device = device
+        self.device = site.device
         self.b = b
+        self.shared = shared
+        self.operands = {_memory(placed.node) for placed in (site.q, site.k, site.v)}
         self.nodes = proof.nodes
         self.find = SizeNodes(b, proof.sizes)
 
@@ -127,7 +153,19 @@ class _Writer:
             for name in ("b", "h", "i", "j"):
                 args[name] = function.call(aten.to.dtype, args[name], torch.int64)
         graph.output(body(function))
-        return self.b.module(GraphModule(torch.nn.Module(), graph)), tuple(function.reads)
+        return self.b.module(GraphModule(torch.nn.Module(), graph)), tuple(map(self.in_memory, function.reads))
+
+    def in_memory(self, node: Node) -> Node:
+        """What a function reads, as inductor can read it there.
+
+        What is not computed yet is written into the function, to be computed again for each score. On the CPU even that
+        fails (torch 2.13: "NotImplementedError: Pointwise"), and so does reading what is q, k or v as well.
+        """
+        val, on_cpu = tensor(node), self.device.type == "cpu"
+        computed = node.op == "call_function"
+        if val is None or not ((computed and (on_cpu or _few(val))) or (on_cpu and node in self.operands)):
+            return node
+        return self.shared.get(("apart", node), self.b, lambda: self.b.call(apart(), node))
 
 
 @dataclass
@@ -175,6 +213,20 @@ class _Body:
         return self.read(self.writer.find.poly(self.writer.proof.frame.keys))
 
 
+def _memory(node: Node) -> Node:
+    """The tensor whose memory this one is, or may be."""
+    how, first = link(node)
+    while how != "owner" and first is not None:
+        node = first
+        how, first = link(node)
+    return node
+
+
+def _few(val: torch.Tensor) -> bool:
+    """A copy costs nothing beside the attention: slopes, tables, whether the data are tame."""
+    return all(isinstance(size, int) for size in val.shape) and val.numel() <= 1 << 16
+
+
 def _narrow(e: Expr) -> bool:
     """Everything computed from indices alone fits in the 32 bits that kernels give them; what is read has 64."""
     return all(_fits(p) for p in walk(e) if isinstance(p, Poly))
@@ -194,24 +246,28 @@ def _fits(p: Poly) -> bool:
     return total < 2**31
 
 
-def _keep(f: _Body, proof: MaskProof, sink: Node | None) -> Node:
-    j = f.args["j"]
-    if sink is None:
-        return f.render(proof.keep, torch.bool, j)
-    is_sink, inside = _beside(f)
-    return f.call(aten.logical_or.default, is_sink, f.render(proof.keep, torch.bool, inside))
+def _keep(f: _Body, proof: MaskProof, tame: Node | None, sink: Node | None) -> Node:
+    is_sink, inside = _beside(f) if sink is not None else (None, f.args["j"])
+    seen = unless(f.call, None if tame is None else f.read(tame), f.render(proof.keep, torch.bool, inside))
+    return seen if is_sink is None else f.call(aten.logical_or.default, is_sink, seen)
 
 
-def _score(f: _Body, proof: MaskProof, cap: float | None, sink: Node | None) -> Node:
-    x, j = f.args["score"], f.args["j"]
+def _score(f: _Body, proved: Proved, sink: Node | None) -> Node:
+    x, j, proof, cap = f.args["score"], f.args["j"], f.writer.proof, proved.site.softcap
+    if isinstance(cap, Node):
+        cap = f.read(_as_tensor(f.writer, cap))
     if cap is not None:
         x = f.call(aten.mul.Tensor, f.call(aten.tanh.default, f.call(aten.div.Tensor, x, cap)), cap)
     is_sink, inside = _beside(f) if sink is not None else (None, j)
-    for added in proof.biases:
-        bias = f.render(added.bias.value, _dtype(added), inside)
-        if added.term.factor != 1.0:
-            bias = f.call(aten.mul.Tensor, bias, added.term.factor)
-        x = f.call(aten.add.Tensor, x, bias)
+
+    def render(e: Value, dtype: torch.dtype) -> Node:
+        return f.render(e, dtype, inside)
+
+    if proved.while_tame is not None:
+        x = stepped(f.call, render, proved, x)
+    else:
+        for added in proof.biases:
+            x = f.call(aten.add.Tensor, x, addend(f.call, render, added))
     if sink is None:
         return x
     val = tensor(sink)
@@ -221,10 +277,17 @@ def _score(f: _Body, proof: MaskProof, cap: float | None, sink: Node | None) -> 
     return f.call(aten.where.self, is_sink, f.call(aten.index.Tensor, f.read(sink), [*at, zero]), x)
 
 
-def _dtype(added: AddedTerm) -> torch.dtype:
-    val = tensor(added.term.node)
-    assert val is not None
-    return val.dtype
+def _as_tensor(writer: _Writer, scalar: Node) -> Node:
+    """A symbolic scalar in the dtype that scores have in a kernel: a function reads tensors.
+
+    As a product, of which torch.compile makes one of tensors; for `scalar_tensor` it would compile each number anew.
+    """
+
+    def make() -> Node:
+        one = writer.b.call(aten.scalar_tensor.default, 1.0, dtype=torch.float32, device=writer.device)
+        return writer.b.call(aten.mul.Tensor, one, scalar)
+
+    return writer.shared.get(("scalar", scalar, writer.device), writer.b, make)
 
 
 def _beside(f: _Body) -> tuple[Node, Node]:
@@ -237,29 +300,33 @@ def _beside(f: _Body) -> tuple[Node, Node]:
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None) -> BlockLists:
+def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None, tame: Node | None) -> BlockLists:
     proof, device = writer.proof, writer.device
     structure, frame = proof.structure, proof.frame
+    opaque = Structure(residual=proof.keep)  # of which no block is left out, and none does without the function
     if sink is not None:
-        # the sink may be in the last block: nothing is left out, and no block does without the function
-        structure = Structure(residual=proof.keep)
+        structure = opaque  # the sink may be in the last block
         batch, heads, queries, keys = frame.lengths
         frame = replace(frame, lengths=(batch, heads, queries, keys + 1))
 
     def make() -> BlockLists:
         found = judged(structure, b, frame, proof.sizes, writer.nodes, device=device)
-        part = found.some
-        if found.full is not None:
-            part = b.call(aten.logical_and.default, part, b.call(aten.logical_not.default, found.full))
+        part, full = found.some, found.full
+        if tame is not None:
+            every = judged(opaque, b, frame, proof.sizes, writer.nodes, device=device).some
+            part = b.call(aten.where.self, tame, part, every)
+            full = None if full is None else b.call(aten.logical_and.default, full, tame)
+        if full is not None:
+            part = b.call(aten.logical_and.default, part, b.call(aten.logical_not.default, full))
         return BlockLists(
             size=BLOCK,
             part_rows=_listed(b, part),
             part_columns=_listed(b, _turned(b, part)),
-            full_rows=None if found.full is None else _listed(b, found.full),
-            full_columns=None if found.full is None else _listed(b, _turned(b, found.full)),
+            full_rows=None if full is None else _listed(b, full),
+            full_columns=None if full is None else _listed(b, _turned(b, full)),
         )
 
-    key = ("blocks", structure, frame.lengths, tuple(writer.nodes.values()), device)
+    key = ("blocks", structure, frame.lengths, tuple(writer.nodes.values()), device, tame)
     return shared.all(key, b, make, _nodes)
 
 

@@ -28,5 +28,5 @@ def sunk(b: Builder, out: Node, lse: Node, sink: Node) -> Node:
 
 
 def alive(b: Builder, lse: Node) -> Node:
-    """Where a query sees a key, (batch, heads, queries, 1)."""
-    return b.call(aten.unsqueeze.default, b.call(aten.gt.Scalar, lse, -math.inf), -1)
+    """Where a query sees a key, (batch, heads, queries, 1). NaN among its scores is no lack of keys."""
+    return b.call(aten.unsqueeze.default, b.call(aten.ne.Scalar, lse, -math.inf), -1)

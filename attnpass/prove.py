@@ -1,34 +1,53 @@
 """The stage between finding a site and choosing its kernel: what its masks and biases amount to.
 
     layers of a site ── attnpass.masks ── MaskProof ──┬── nothing masked: the layers are dropped
-                                                      ├── one keep-mask of known structure: `expressed`
+                                                      ├── one keep-mask and ordinary biases: `expressed`
+                                                      ├── the same while data are ordinary numbers: `while_tame`
                                                       └── else: the layers stay the tensors they are
 
 Recognition reads masks as tensors and has to expect the worst of them. Here the graph's own arithmetic is read, and
 what it proves goes into the spec: the structure of the mask, and whether a query may be left without any key. Nothing
 is claimed of a site some of whose layers the proof could not look at.
+
+A bias that is data (T5's table, slopes in a buffer) may hold minus infinity itself, and then what a query gets hangs on
+all that is added and filled, in its order. So nothing is said of such a site in its spec. For kernels that take
+functions there is `while_tame`: what holds while the data are ordinary numbers, which is asked when the graph runs, and
+the steps to take when they are not.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.fx import Graph
+from torch.fx import Graph, Node
 
 from attnpass.errors import first_line
+from attnpass.graph import tensor
 from attnpass.masks import AddedTerm, MaskProof, Masks
-from attnpass.masks.bias import ordinary
-from attnpass.masks.expr import TRUE
+from attnpass.masks.bias import CERTAIN, TAME, ordinary
+from attnpass.masks.expr import TRUE, Load
+from attnpass.masks.settled import Settled
 from attnpass.reasons import Reason, reason
 from attnpass.recognize.meaning import NO_GRADIENT
 from attnpass.site import Add, Fill, Layer, Site
 from attnpass.spec import EmptyRow, is_causal
 
 _LONGEST = 160  # of a line of a proof in the ledger
+
+Step = AddedTerm | float  # what is added to the scores, or what replaces those that are masked
+
+
+@dataclass(frozen=True, kw_only=True)
+class WhileTame:
+    """One keep-mask with ordinary biases, as long as the data that these read are numbers below TAME."""
+
+    sources: tuple[str, ...]  # the data: where every number of these tensors is tame, all biases are ordinary
+    rows: EmptyRow  # what a query without any key gets then
+    steps: tuple[Step, ...]  # in any case: all that the layers do, innermost first; what masks, masks as the proof says
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +57,7 @@ class Proved:
     site: Site
     proof: MaskProof | None = None  # of all its layers; None where one of them could not be looked at
     expressed: bool = False  # the keep-mask of the proof, with the biases of the proof, is all that the layers do
+    while_tame: WhileTame | None = None  # where that is not proved: it is so as long as data are tame
     steps: tuple[str, ...] = ()  # for the ledger
     bug: str | None = None  # what was lifted is not what the graph computes: a mistake of ours, to be reported
     held: frozenset[str] = frozenset()  # nodes of held tensors whose content the proof relies on
@@ -65,10 +85,11 @@ def prove(
     if not sites:
         return []
     masks = Masks(graph, constants={**constants, **held})
-    return [_prove(site, masks, frozenset(held)) for site in sites]
+    settled = Settled(masks.lifter)
+    return [_prove(site, masks, settled, frozenset(held)) for site in sites]
 
 
-def _prove(site: Site, masks: Masks, held: frozenset[str]) -> Proved:
+def _prove(site: Site, masks: Masks, settled: Settled, held: frozenset[str]) -> Proved:
     if site.existing_call and not site.layers:
         return Proved(site=site, expressed=True)  # what it masks, it says itself
     try:
@@ -80,8 +101,13 @@ def _prove(site: Site, masks: Masks, held: frozenset[str]) -> Proved:
         refused = dataclasses.replace(site, obstacles=(*site.obstacles, reason("mask_disagrees", detail=proof.check)))
         return Proved(site=refused, steps=steps, bug=proof.check)
     terms = _terms(site.layers, proof)
-    layers = tuple(x for x, term in zip(site.layers, terms, strict=True) if not _idle(x, term, proof))
-    rows = _rows(site, layers, proof)
+    active = [pair for pair in zip(site.layers, terms, strict=True) if not _idle(*pair, proof)]
+    rows = _rows(site, active, proof, settled)
+    while_tame = None if rows is not None else _while_tame(site, active, proof, settled)
+    if while_tame is not None:
+        steps += (
+            _short(f"biases are ordinary numbers while these are below {TAME:g}: {', '.join(while_tame.sources)}"),
+        )
     sure = rows is EmptyRow.IMPOSSIBLE
     spec = dataclasses.replace(
         site.spec,
@@ -91,20 +117,19 @@ def _prove(site: Site, masks: Masks, held: frozenset[str]) -> Proved:
             for b, (_, term) in zip(site.spec.bias, _added(site.layers, terms), strict=True)
             if term is None or not term.bias.droppable
         ),
-        # whatever fills such a row, beside a sink it weighs nothing
-        empty_rows=site.spec.empty_rows if rows is None else rows if sure or site.sink is None else EmptyRow.ZERO,
+        empty_rows=site.spec.empty_rows if rows is None else _beside_sink(site, rows),
     )
     assumed = tuple(a for a in site.assumptions if not (sure and a == NO_GRADIENT))
     site = dataclasses.replace(
         site,
         spec=spec,
-        layers=layers,
+        layers=tuple(layer for layer, _ in active),
         in_order=site.in_order and not sure,
         assumptions=tuple(dict.fromkeys((*assumed, *proof.assumptions))),
         obstacles=tuple(o for o in site.obstacles if not _overcome(o, sure=sure, masked=bool(proof.fills))),
     )
     relied = proof.contents & held
-    return Proved(site=site, proof=proof, expressed=rows is not None, steps=steps, held=relied)
+    return Proved(site=site, proof=proof, expressed=rows is not None, while_tame=while_tame, steps=steps, held=relied)
 
 
 WAIVED = "what a query without any key gets does not matter (empty_rows='dont_care')"
@@ -142,29 +167,117 @@ def _idle(layer: Layer, term: AddedTerm | None, proof: MaskProof) -> bool:
     return term is not None and term.bias.droppable and not term.masking
 
 
-def _rows(site: Site, layers: tuple[Layer, ...], proof: MaskProof) -> EmptyRow | None:
+def _beside_sink(site: Site, rows: EmptyRow) -> EmptyRow:
+    """A sink leaves no weight to a finite fill, alone in its row."""
+    if site.sink is None or rows is EmptyRow.IMPOSSIBLE:
+        return rows
+    return site.hollow if rows is EmptyRow.NAN else EmptyRow.ZERO
+
+
+_Active = Sequence[tuple[Layer, AddedTerm | None]]  # what does something, and what the proof says of it if it is added
+
+
+def _rows(site: Site, active: _Active, proof: MaskProof, tame: Callable[[Load], bool]) -> EmptyRow | None:
     """What a query without any key gets if the layers are taken for one keep-mask; None where they cannot be.
 
     That all of them together leave every query a key is proved of the keep-mask; a bias may still be minus infinity for
     a whole row, so it must be proved to be ordinary, and none may be left that the proof did not look at.
     """
-    if any(isinstance(layer, Add) and not layer.factor.is_number for layer in layers):
+    if not all(_looked_at(layer) for layer, _ in active):
         return None
-    if not all(ordinary(a.bias.value) for a in proof.biases):
+    if not all(_ordinary(added, tame) for added in proof.biases):
         return None
+    return _empty(site, active, proof)
+
+
+def _looked_at(layer: Layer) -> bool:
+    return isinstance(layer, Fill) or layer.factor.is_number
+
+
+def _ordinary(added: AddedTerm, tame: Callable[[Load], bool]) -> bool:
+    return abs(added.term.factor) < TAME and ordinary(added.bias.value, tame)
+
+
+def _empty(site: Site, active: _Active, proof: MaskProof) -> EmptyRow | None:
+    """What a query without any key gets, all biases being ordinary numbers."""
     if proof.empty_rows == "impossible":
         return EmptyRow.IMPOSSIBLE
-    if proof.biases or site.in_order or site.floored or len(proof.fills) != 1:
+    if site.floored or len(proof.fills) != 1:
         return None  # then it depends on the order in which they are applied
-    if all(isinstance(layer, Fill) for layer in layers):
+    if proof.biases:
+        return _empty_beside_biases(site, active, proof)
+    if site.in_order:
+        return None
+    if all(isinstance(layer, Fill) for layer, _ in active):
         return site.spec.empty_rows
     # One added tensor of zeros and a fill, which swallows the scores: alone in a row it makes all keys equal. Two of
     # them would add up where both apply.
     plain = site.spec.empty_rows in (EmptyRow.NAN, EmptyRow.MEAN) and not any(map(_about_rows, site.obstacles))
     term = next((a for a in proof.added if a.masking), None)
-    if len(layers) > 1 or not plain or term is None or not term.exact or len(term.values or ()) != 2:
+    if len(active) > 1 or not plain or term is None or not term.exact or len(term.values or ()) != 2:
         return None
     return EmptyRow.NAN if proof.fills[0] == -math.inf else EmptyRow.MEAN
+
+
+def _empty_beside_biases(site: Site, active: _Active, proof: MaskProof) -> EmptyRow | None:
+    """The same where there are biases: the mask must be applied once, and none of them may be seen beside its fill."""
+    steps, (fill,) = _steps(active, proof), proof.fills
+    if steps is None or site.existing_call or any(map(_about_rows, site.obstacles)):
+        return None
+    # a fill that comes last leaves nothing of them, and one that is low enough swallows them as it does the scores
+    if fill > CERTAIN and isinstance(steps[-1], AddedTerm):
+        return None
+    return site.hollow if fill == -math.inf else EmptyRow.MEAN
+
+
+def _while_tame(site: Site, active: _Active, proof: MaskProof, settled: Settled) -> WhileTame | None:
+    """What is known of a site whose biases are ordinary if the data are.
+
+    For a forward pass alone: beside data that are not tame a fused backward loses the log-sum-exp (layers.py). And not
+    in float16, whose lowest number does not swallow a score that a kernel adds in float32, nor in float64, of which
+    float32 makes infinities.
+    """
+    if site.spec.grad or site.existing_call or site.floored or not all(_as_float32(layer) for layer, _ in active):
+        return None
+    sources: dict[str, None] = {}
+
+    def noted(load: Load) -> bool:
+        if not settled(load):
+            sources[load.source] = None
+        return True
+
+    rows = _rows(site, active, proof, noted)
+    steps = _steps(active, proof)
+    if rows is None or steps is None or not all(_beside(site, proof.nodes[source]) for source in sources):
+        return None
+    return WhileTame(sources=tuple(sources), rows=rows, steps=steps)
+
+
+def _beside(site: Site, node: Node) -> bool:
+    """A single number may lie on the CPU although all else is on a GPU."""
+    val = tensor(node)
+    return val is not None and val.device == site.device
+
+
+def _as_float32(layer: Layer) -> bool:
+    """The original adds or fills in a dtype with the range of float32."""
+    val = tensor(layer.placed.node)
+    dtype = layer.dtype if isinstance(layer, Fill) else None if val is None else val.dtype
+    return dtype not in (torch.float16, torch.float64)
+
+
+def _steps(active: _Active, proof: MaskProof) -> tuple[Step, ...] | None:
+    """All that the layers do, innermost first, the mask being the whole of the proof; None where it comes in parts."""
+    steps: list[Step] = []
+    for layer, term in reversed(active):
+        if isinstance(layer, Add):
+            if term is None or not term.exact:
+                return None
+            steps.append(term)
+        elif not steps or isinstance(steps[-1], AddedTerm):  # two fills in a row with one number are one
+            steps.append(layer.value)
+    masks = sum(not isinstance(step, AddedTerm) or step.masking for step in steps)
+    return tuple(steps) if masks <= 1 and len(proof.fills) <= 1 else None
 
 
 def _about_rows(obstacle: Reason) -> bool:

@@ -118,7 +118,7 @@ class Site:
     floored: bool = False  # the original clamps its scores at the lowest finite number
     hollow: EmptyRow = EmptyRow.NAN  # what the original's softmax makes of a row of -inf
     causal: bool = False  # an existing call says so by itself: j <= i, counted from the start of both
-    softcap: float | None
+    softcap: float | Node | None  # a node: a symbolic scalar
     sink: Placed | None
     dropout: float | Node  # live probability; 0.0 in evaluation
     spec: AttentionSpec

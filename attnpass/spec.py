@@ -39,6 +39,7 @@ class MaskSpec:
     prefix: Size | None = None  # the first `prefix` keys are always seen
     chunk: Size | None = None  # only keys of the query's own chunk
     document: bool = False  # only keys whose id equals the query's
+    limited: bool = False  # only keys up to, or from, a position that is data: one for each query
     key_padding: bool = False  # keys switched off per batch row
     dense: bool = False  # a tensor over (query, key) that is not proved to be any of the above
 
@@ -73,7 +74,7 @@ class AttentionSpec:
     bias: tuple[BiasSpec, ...] = ()
     softmax_dtype: str = "float32"
     dropout: float | str = 0.0
-    softcap: float | None = None
+    softcap: float | str | None = None  # the text is that of a symbolic one
     sink: bool = False
     empty_rows: EmptyRow = EmptyRow.IMPOSSIBLE
     grad: bool = False  # gradients of q, k or v may be asked for

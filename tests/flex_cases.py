@@ -135,6 +135,13 @@ def documents(q: Tensor, k: Tensor, v: Tensor, pad: Tensor, ids: Tensor, *rest: 
     return weighted(masked(scores(q, k), (j <= i) & same), v, q)
 
 
+def limits(q: Tensor, k: Tensor, v: Tensor, pad: Tensor, ids: Tensor, *rest: Tensor) -> Tensor:
+    """A window of 50 that ends at a position of the query's own, which is data."""
+    i, j = grid(q, k)
+    end = i + 20 * ids[:, None, : q.shape[2], None] - 30
+    return weighted(masked(scores(q, k), (j <= end) & (j > end - 50)), v, q)
+
+
 def padded(q: Tensor, k: Tensor, v: Tensor, pad: Tensor, *rest: Tensor) -> Tensor:
     i, j = grid(q, k)
     return weighted(masked(scores(q, k), (j <= i) & pad[:, None, None, :]), v, q)
@@ -167,6 +174,35 @@ def sink_and_padding(
     return weighted_without_last(torch.cat([x, sinks.view(1, -1, 1, 1).expand(*x.shape[:3], 1)], -1), v, q)
 
 
+def sink_and_slopes(
+    q: Tensor, k: Tensor, v: Tensor, pad: Tensor, ids: Tensor, sinks: Tensor, dense: Tensor | None = None
+) -> Tensor:
+    # a slope of the keys alone: without the sink it would be the same as one of the distance
+    i, j = grid(q, k)
+    x = masked(scores(q, k) + computed_slopes(q) * 0.05 * j, j <= i)
+    return weighted_without_last(torch.cat([x, sinks.view(1, -1, 1, 1).expand(*x.shape[:3], 1)], -1), v, q)
+
+
+def sink_by_lse(
+    q: Tensor, k: Tensor, v: Tensor, pad: Tensor, ids: Tensor, sinks: Tensor, dense: Tensor | None = None
+) -> Tensor:
+    i, j = grid(q, k)
+    return scaled(masked(capped(scores(q, k)), (j <= i) & (j > i - 50)), v, q, sinks)
+
+
+def sink_by_lse_and_padding(
+    q: Tensor, k: Tensor, v: Tensor, pad: Tensor, ids: Tensor, sinks: Tensor, dense: Tensor | None = None
+) -> Tensor:
+    i, j = grid(q, k)
+    return scaled(masked(scores(q, k), (j <= i) & pad[:, None, None, :]), v, q, sinks)
+
+
+def scaled(x: Tensor, v: Tensor, q: Tensor, sinks: Tensor) -> Tensor:
+    """A sink as granite has it: the result is scaled by what the keys leave of a weight of one."""
+    share = (torch.logsumexp(x, dim=-1) - sinks.view(1, -1, 1)).float().sigmoid()
+    return (weighted(x, v, q) * share.unsqueeze(-1).to(v.dtype)).transpose(1, 2).contiguous()
+
+
 def weighted_without_last(x: Tensor, v: Tensor, q: Tensor) -> Tensor:
     return x.softmax(-1, dtype=torch.float32)[..., :-1].to(v.dtype) @ repeated(v, q)
 
@@ -181,6 +217,46 @@ def dense_mask(q: Tensor, k: Tensor, v: Tensor, pad: Tensor, ids: Tensor, sinks:
     return weighted(capped(scores(q, k)).masked_fill(~dense, -1e30), v, q)
 
 
+def computed_slopes(q: Tensor) -> Tensor:
+    """The slopes of ALiBi as models compute them in their forward."""
+    powers = torch.arange(1, q.shape[1] + 1, device=q.device, dtype=torch.int32)
+    return torch.pow(torch.tensor(0.5, device=q.device), powers).view(-1, 1, 1)
+
+
+def slopes_computed(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+    i, j = grid(q, k)
+    return weighted(masked(scores(q, k) + computed_slopes(q) * (j - i), j <= i), v, q)
+
+
+def slopes_and_padding(q: Tensor, k: Tensor, v: Tensor, pad: Tensor, *rest: Tensor) -> Tensor:
+    i, j = grid(q, k)
+    return weighted(masked(scores(q, k) + computed_slopes(q) * (j - i), (j <= i) & pad[:, None, None, :]), v, q)
+
+
+def slopes_as_data(
+    q: Tensor, k: Tensor, v: Tensor, pad: Tensor, ids: Tensor, sinks: Tensor, dense: Tensor | None = None
+) -> Tensor:
+    i, j = grid(q, k)
+    bias = sinks.abs().view(-1, 1, 1) * (j - i)
+    return weighted((scores(q, k) + bias).masked_fill(j > i, -INF), v, q)
+
+
+def relative(q: Tensor, k: Tensor) -> Tensor:
+    """A bias (heads, queries, keys) by distance, read from a table: a piece of k, to have one."""
+    i, j = grid(q, k)
+    table = k[0, 0, :33, : q.shape[1]]
+    return table[(j - i).clamp(-16, 16) + 16].permute(2, 0, 1)
+
+
+def table(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
+    return weighted(scores(q, k) + relative(q, k), v, q)
+
+
+def table_and_padding(q: Tensor, k: Tensor, v: Tensor, pad: Tensor, *rest: Tensor) -> Tensor:
+    i, j = grid(q, k)
+    return weighted(masked(scores(q, k) + relative(q, k), (j <= i) & pad[:, None, None, :]), v, q)
+
+
 CASES = (
     Case("cap_alone", cap_alone),
     Case("causal", causal),
@@ -188,11 +264,20 @@ CASES = (
     Case("prefix", prefix),
     Case("chunks", chunks),
     Case("documents", documents, exact=False),
+    Case("limits", limits, empty=True, exact=False),
     Case("padded", padded, empty=True, exact=False),
     Case("padded_and_capped", padded_and_capped, grad=False, empty=True, exact=False),
     Case("padded_by_infinity", padded_by_infinity, grad=False, empty=True, exact=False),
     Case("sink", sink),
     Case("sink_and_padding", sink_and_padding, empty=True, exact=False),
+    Case("sink_and_slopes", sink_and_slopes),
+    Case("sink_by_lse", sink_by_lse),
+    Case("sink_by_lse_and_padding", sink_by_lse_and_padding, empty=True, exact=False),
     Case("slopes", slopes),
+    Case("slopes_computed", slopes_computed),
+    Case("slopes_and_padding", slopes_and_padding, empty=True, exact=False),
+    Case("slopes_as_data", slopes_as_data, grad=False),
+    Case("table", table, grad=False),
+    Case("table_and_padding", table_and_padding, grad=False, empty=True, exact=False),
     Case("dense_mask", dense_mask, empty=True, exact=False),
 )

@@ -27,8 +27,8 @@ from attnpass.cost import rated_us, unfused_us
 from attnpass.kernels import flex
 from attnpass.kernels.flex import Flex
 from attnpass.ledger import Report
-from attnpass.spec import AttentionSpec, EmptyRow, MaskSpec
-from tests.flex_cases import CASES, Attention, Case, capped, grid, inputs, masked, scores, weighted
+from attnpass.spec import AttentionSpec, BiasSpec, EmptyRow, MaskSpec
+from tests.flex_cases import CASES, INF, Attention, Case, capped, grid, inputs, masked, scores, weighted
 from tests.zoo.numbers import complaints, run, truth
 
 HOP = torch.ops.higher_order.flex_attention
@@ -309,13 +309,13 @@ def test_nothing_is_written_into_an_exported_program() -> None:
     assert "not_compiled" in [r.code for v in report.sites[0].verdicts for r in v.refusals]
 
 
-def test_a_bias_of_unknown_numbers_is_no_function() -> None:
-    def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-        return weighted(capped(scores(q, k)) + bias, v, q)
+def test_several_masks_that_may_leave_no_key_are_no_function() -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        x = capped(scores(q, k)).masked_fill(~pad[:, None, None, :], -INF)
+        return weighted(masked(x, grid(q, k)[1] != 3), v, q)
 
-    q, k, v, *_ = inputs()
     with torch.no_grad():
-        assert refusals(attention, (q, k, v, torch.randn(2, 1, 200, 200))) == ["not_expressed"]
+        assert refusals(attention, inputs()[:4]) == ["not_expressed"]
 
 
 def test_gradients_through_the_cap_of_a_row_without_a_key_are_refused(as_on_cuda: None) -> None:
@@ -340,6 +340,7 @@ def test_where_one_kernel_cannot_be_written_the_next_best_is(monkeypatch: pytest
 
 
 NOTHING = MaskSpec()
+TABLE = BiasSpec(shape=(1, 16, 512, 512), dtype="bfloat16")
 
 
 def spec(
@@ -363,6 +364,9 @@ def spec(
         ("flex", spec(MaskSpec(causal=0, document=True))),
         ("flex", spec(MaskSpec(window=(512, 512)), length=8192)),
         ("flex", spec(MaskSpec(causal=0, chunk=1024), length=8192)),
+        ("native", spec(bias=(TABLE,), empty_rows=EmptyRow.NAN, length=512, batch=16, width=64)),
+        ("native", spec(bias=(TABLE,), empty_rows=EmptyRow.NAN, length=8192, batch=1, width=64)),
+        ("flex", spec(MaskSpec(causal=0), bias=(TABLE,), length=2048)),
     ],
 )
 def test_the_cheaper_kernel(wanted: str, asked: AttentionSpec) -> None:
@@ -389,6 +393,22 @@ def test_a_window_and_a_soft_cap_through_inductor() -> None:
 
 
 @pytest.mark.slow
+def test_operands_that_are_views_through_inductor() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(64, 3 * 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = (part.view(2, 100, 2, 32).transpose(1, 2) for part in self.out(x).chunk(3, -1))
+            return weighted(capped(scores(q, k)), v, q)
+
+    module, given = Layer(), (torch.randn(2, 100, 64),)
+    found = Flexed(module, inner="inductor")
+    assert not held_to_float64(module, given, found, grad=False)
+    assert found.kernels == ["flex"]
+
+
 def test_every_case_through_inductor() -> None:
     module, given = Attention(*CASES), inputs()
     found = Flexed(module, inner="inductor")
@@ -397,7 +417,7 @@ def test_every_case_through_inductor() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "granite_swa"])
 def test_models_with_a_soft_cap_or_sinks(name: str) -> None:
     from tests.models import torchvision_stub
 
@@ -429,8 +449,13 @@ def tiny(name: str) -> nn.Module:
     if name == "gemma2":
         config = transformers.Gemma2Config(**size, attn_logit_softcapping=5.0)
         return transformers.Gemma2ForCausalLM(config).eval()
-    config = transformers.GptOssConfig(**size, num_local_experts=2, num_experts_per_tok=1)
-    model = transformers.GptOssForCausalLM(config).eval()
+    model: nn.Module
+    if name == "granite_swa":
+        layers = ["full_attention", "sliding_attention"]
+        model = transformers.GraniteSWAForCausalLM(transformers.GraniteSWAConfig(**size, layer_types=layers)).eval()
+    else:
+        config = transformers.GptOssConfig(**size, num_local_experts=2, num_experts_per_tok=1)
+        model = transformers.GptOssForCausalLM(config).eval()
     for key, parameter in model.named_parameters():
         if "sinks" in key:
             nn.init.normal_(parameter)

@@ -197,3 +197,53 @@ def test_a_proof_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -
     assert report.replaced == 1
     assert "a mistake of ours" in report.notes[0]
     torch.testing.assert_close(program.module()(*qkv()), attend(*qkv()))
+
+
+def sloped(mask: Callable[[Tensor, Tensor], Tensor]) -> Attend:
+    """ALiBi with slopes that the model computes, and a mask: of scores and of what is seen."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        slopes = torch.pow(torch.full((), 0.5), torch.arange(1, H + 1)).view(-1, 1, 1)
+        x = q @ k.mT * 0.3 + slopes * (torch.arange(S) - torch.arange(S)[:, None])
+        return mask(x, pad[:, None, None, :]).softmax(-1) @ v
+
+    return attend
+
+
+LOWEST = torch.finfo(torch.float32).min
+
+
+@pytest.mark.parametrize(
+    ("mask", "rows"),
+    [
+        (lambda x, seen: x + torch.where(seen, 0.0, LOWEST), EmptyRow.MEAN),
+        (lambda x, seen: x + torch.where(seen, 0.0, -INF), EmptyRow.NAN),
+        (lambda x, seen: x.masked_fill(~seen, LOWEST), EmptyRow.MEAN),
+        (lambda x, seen: x.masked_fill(~seen, -1e9), EmptyRow.MEAN),
+        (lambda x, seen: x.masked_fill(~seen, -INF), EmptyRow.NAN),
+        (lambda x, seen: x.masked_fill(~seen, LOWEST) + x.new_ones(S).cumsum(-1), EmptyRow.MEAN),
+        # where both apply, two of them are added; and a bias shows beside -1e9: nothing is said, and all is kept
+        (lambda x, seen: x + torch.where(seen, 0.0, LOWEST) + torch.where(seen, 0.0, LOWEST), None),
+        (lambda x, seen: x + torch.where(seen, 0.0, -1e9), None),
+    ],
+)
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_without_a_key_beside_a_bias(
+    mask: Callable[[Tensor, Tensor], Tensor], rows: EmptyRow | None, grad: bool
+) -> None:
+    pad = torch.ones(B, S, dtype=torch.bool)
+    pad[0] = False
+    pad[1, :2] = False
+    inputs = [x.requires_grad_(grad) for x in qkv()]
+    program, report = rewritten(sloped(mask), *inputs, pad)
+    (site,) = report.sites
+    assert site.replaced
+    if rows is not None:
+        assert site.spec.empty_rows is rows
+    got, true = program.module()(*inputs, pad), sloped(mask)(*inputs, pad)
+    torch.testing.assert_close(got, true, equal_nan=True)
+    if grad:
+        weight = torch.randn(H, S, D)  # no gradient is asked of a query without a key
+        mine, theirs = (torch.autograd.grad((x[1] * weight).sum(), inputs) for x in (got, true))
+        for a, b in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(a[1], b[1])

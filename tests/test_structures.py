@@ -45,7 +45,7 @@ class Model:
 MODELS = {
     "llama": Model((CAUSAL, CAUSAL)),
     "mistral": Model((WINDOW, WINDOW)),
-    "gemma2": Model((WINDOW, CAUSAL), sdpa=False, dynamic=False),  # a soft cap that is a symbol is not recognised
+    "gemma2": Model((WINDOW, CAUSAL), sdpa=False),
     "gemma3_text": Model((WINDOW, CAUSAL)),
     "gpt_oss": Model((WINDOW, CAUSAL), sdpa=False),
     "qwen2": Model((CAUSAL, CAUSAL)),

@@ -9,6 +9,8 @@ and compared with the closed form that the proof used; then its identity, its co
 it is still the same. (Shape, strides, dtype and device are in Dynamo's own guards.) The other graph is what the pass
 makes of the model without looking into buffers; it is compiled when it is first needed.
 
+One integer alone (the length of a cache) is no mask but a position: it is written at every step, so it stays data.
+
 Limit: a write through ``.data`` or through memory shared with another library is counted nowhere, and is not seen.
 """
 
@@ -72,7 +74,9 @@ def candidates(gm: GraphModule, example_inputs: Sequence[Any], shadow: Shadow) -
     found: dict[str, Held] = {}
     for position, (node, tensor) in enumerate(zip(nodes, example_inputs, strict=False)):
         twin = shadow.of.get(node)
-        if isinstance(twin, Node) and _of_module(node) and isinstance(tensor, torch.Tensor) and _steady(tensor):
+        if not isinstance(twin, Node) or not _of_module(node) or not isinstance(tensor, torch.Tensor):
+            continue
+        if _steady(tensor) and not _counter(tensor):
             found[twin.name] = Held(_name(node), tensor, position)
     return found
 
@@ -114,6 +118,12 @@ def _steady(tensor: torch.Tensor) -> bool:
     """A tensor whose writes are counted, and that no optimiser is going to write."""
     plain = not isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
     return plain and not tensor.is_inference() and readable(tensor)
+
+
+def _counter(tensor: torch.Tensor) -> bool:
+    """One integer: a proof from what it holds now would serve one step only. (One float may be a mask's fill.)"""
+    whole = not tensor.is_floating_point() and tensor.dtype != torch.bool
+    return whole and tensor.numel() == 1
 
 
 def _name(node: Node) -> str:

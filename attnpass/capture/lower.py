@@ -28,7 +28,7 @@ from torch.fx.node import map_arg
 
 from attnpass.capture import aten
 from attnpass.capture.calls import COPIED_META, changes_shape_in_place, name_of
-from attnpass.capture.template import Call, Template, Tracer, traceable
+from attnpass.capture.template import Call, Constant, Template, Tracer, traceable
 from attnpass.capture.values import (
     Number,
     agrees,
@@ -275,21 +275,35 @@ class _Lowering:
         graph = self.shadow.graph
         for old in template.nodes:
             if old in template.constants:
-                literal = template.constants[old]
-                made = graph.call_function(
-                    torch.ops.aten.full.default,
-                    ([], literal.number),
-                    {"dtype": literal.dtype, "device": literal.device},
-                )
-                with self.mode:
-                    value = torch.empty((), dtype=literal.dtype, device=literal.device)
+                made = self._literal(node, template.constants[old])
             else:
                 args, kwargs = map_arg((old.args, old.kwargs), env.__getitem__)
-                made = graph.create_node("call_function", old.target, args, kwargs)
-                value = old.meta.get("val")
-            env[old] = self._own(node, made, value)
+                made = self._own(
+                    node, graph.create_node("call_function", old.target, args, kwargs), old.meta.get("val")
+                )
+            env[old] = made
             env.update((alias, made) for alias in aliases[old])
         return mapped(template.result, lambda leaf: env[leaf] if isinstance(leaf, Node) else leaf)
+
+    def _literal(self, node: Node, literal: Constant) -> Node:
+        """The numbers of a literal, each by itself, and the tensor that they make."""
+        aten = torch.ops.aten
+
+        def made(target: Any, args: tuple[Any, ...], shape: tuple[int, ...], **kwargs: Any) -> Node:
+            with self.mode:
+                value = torch.empty(shape, dtype=literal.dtype, device=literal.device)
+            return self._own(node, self.shadow.graph.call_function(target, args, kwargs), value)
+
+        parts = [
+            made(aten.full.default, ([], number), (), dtype=literal.dtype, device=literal.device)
+            for number in literal.numbers
+        ]
+        if not literal.shape:
+            return parts[0]
+        flat = made(aten.stack.default, (parts,), (len(parts),))
+        return (
+            made(aten.reshape.default, (flat, list(literal.shape)), literal.shape) if len(literal.shape) > 1 else flat
+        )
 
     def _is_simple(self, node: Node) -> bool:
         """Numbers, sizes, items and parts of tuples need no tracing."""

@@ -38,9 +38,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Constant:
-    """A 0-d tensor that tracing lifted out of the code: a literal."""
+    """A small tensor that tracing lifted out of the code: a literal."""
 
-    number: float | int | bool
+    numbers: tuple[float | int | bool, ...]
+    shape: tuple[int, ...]
     dtype: torch.dtype
     device: torch.device
 
@@ -265,17 +266,20 @@ class _Sizes:
         return node
 
 
+_MOST_NUMBERS = 64  # of a literal, which is written out number by number: the slopes of as many heads
 _FRESH = {aten.lift_fresh_copy.default, aten.lift_fresh.default, aten.detach_.default}
 
 
 def _constant(held: Any) -> Constant:
     real = held.constant if isinstance(held, FakeTensor) else held
-    if not isinstance(real, torch.Tensor) or isinstance(real, FakeTensor) or real.dim() or real.is_complex():
+    if not isinstance(real, torch.Tensor) or isinstance(real, FakeTensor) or real.is_complex():
         raise ValueError("a tensor constant")
+    if not 0 < real.numel() <= _MOST_NUMBERS:
+        raise ValueError(f"a tensor constant of {real.numel()} numbers")
     # read outside the fake mode: the literal itself is asked for
     with torch._C._DisableTorchDispatch():
-        number = real.item()
-    return Constant(number, real.dtype, held.device)
+        numbers = real.flatten().tolist()
+    return Constant(tuple(numbers), tuple(real.shape), real.dtype, held.device)
 
 
 def _graph_being_made() -> Graph:

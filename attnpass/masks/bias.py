@@ -10,6 +10,7 @@ form is therefore read modulo such terms. `slope[h] * (j - i)` and `slope[h] * j
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -39,6 +40,7 @@ from attnpass.masks.substitute import substitute
 
 CERTAIN = -1e30  # no score that is a number of ordinary size can be outweighed
 ASSUMED = -1e8  # assumed, and said so
+TAME = 1e3  # data below it are ordinary numbers, and stay such when they are slopes that distances are multiplied with
 
 Kind = Literal["none", "row", "alibi", "relative", "key", "dense"]
 
@@ -160,26 +162,27 @@ def _is_zero(leaf: Leaf) -> bool:
 _ORDINARY = frozenset({"add", "sub", "mul", "neg", "abs", "minimum", "maximum", "rsub", "to"})
 
 
-def ordinary(tree: Tree) -> bool:
+def ordinary(tree: Tree, tame: Callable[[Load], bool]) -> bool:
     """Proved to hold no infinity, no NaN, and nothing so low that a row of it would swallow its scores.
 
     Integers are far from that, and so is what a few products and sums make of them and of small numbers; but not in
-    float16, which ends at 65504, and not what data, a quotient or a logarithm may be.
+    float16, which ends at 65504, and not what a quotient or a logarithm may be. Of floats that are read `tame` says
+    whether they are all below TAME.
     """
     if isinstance(tree, If):
-        return ordinary(tree.a) and ordinary(tree.b)
+        return ordinary(tree.a, tame) and ordinary(tree.b, tame)
     if isinstance(tree, Int | Poly):
         return True
     if isinstance(tree, Load):
-        return tree.kind != "real"
+        return tree.kind != "real" or tame(tree)
     if isinstance(tree, Const):
         return abs(tree.value) < -ASSUMED
     if not isinstance(tree, Fn) or tree.dtype == "float16":
         return False
     if tree.name == "div":
         number = tree.args[1]
-        return ordinary(tree.args[0]) and isinstance(number, Const) and abs(number.value) >= 1
-    return tree.name in _ORDINARY and all(ordinary(arg) for arg in tree.args)
+        return ordinary(tree.args[0], tame) and isinstance(number, Const) and abs(number.value) >= 1
+    return tree.name in _ORDINARY and all(ordinary(arg, tame) for arg in tree.args)
 
 
 # --- structure ---------------------------------------------------------------------------------------------------
@@ -201,6 +204,14 @@ def describe(tree: Tree, frame: Frame) -> Bias:
 
 
 def _alibi(tree: Tree, frame: Frame) -> Alibi | None:
+    if isinstance(tree, If) and variables(tree.cond) <= {"h"}:
+        # slopes that are numbers of the code come as one decision after the other, by the head
+        a, b = _alibi(tree.a, frame), _alibi(tree.b, frame)
+        if a is None or b is None or a.distance != b.distance:
+            return None
+        slope = ite(tree.cond, a.slope, b.slope)
+        assert not is_bool(slope)
+        return Alibi(slope=slope, distance=a.distance, dtype=_shorter(a.dtype, b.dtype))  # type: ignore[arg-type]
     slopes: set[Leaf] = set()
     dtypes: set[str] = set()
 

@@ -11,6 +11,7 @@ and does without it in the full ones. Each conjunct of the mask is judged by its
     upper and lower bounds, prefix, chunks    exactly, from the first and last position of the block
     key padding                               exactly, by a reduction over each block of keys
     documents                                 by the least and greatest id of the block: never too few
+    limits                                    exactly, by the least and greatest of the block's queries
     everything else                           may keep something, never keeps all
 
 A block that every conjunct may keep is computed, though no single pair need satisfy them all: too many partial blocks
@@ -32,7 +33,7 @@ from attnpass.masks.expr import TRUE, ZERO, Poly
 from attnpass.masks.frame import Frame
 from attnpass.masks.render import Renderer, SizeNodes, in_graph
 from attnpass.masks.sizes import Sizes
-from attnpass.masks.structure import Document, Structure
+from attnpass.masks.structure import Document, Limit, Structure
 
 aten = torch.ops.aten
 Thing = Any  # a node or a tensor: whatever `call` takes and gives
@@ -81,6 +82,7 @@ class Judge:
         if structure.keys != TRUE:
             parts.append(self._keys(structure))
         parts += [self._document(document) for document in structure.documents]
+        parts += [self._limit(limit) for limit in structure.limits]
         parts += [self._there(axis) for axis in ("i", "j") if not parts or not self._even(axis)]
         shape = [-1, -1, self.count("i"), self.count("j")]
         some = self._all([part.some for part in parts], shape)
@@ -168,13 +170,21 @@ class Judge:
         return Judged(some=self.call(aten.unsqueeze.default, some, 2), full=self.call(aten.unsqueeze.default, full, 2))
 
     def _document(self, document: Document) -> Judged:
-        sides = []
-        for axis, expr, dim in (("i", document.query, 3), ("j", document.key, 2)):
-            render = self.renderer({"b": self._batch(), axis: self._positions(axis)})
-            ids = render(expr, torch.int64)
-            least, most = (self.call(op, ids, [-1]) for op in (aten.amin.default, aten.amax.default))
-            sides.append(tuple(self.call(aten.unsqueeze.default, end, dim) for end in (least, most)))
-        return self._ranges(*sides)
+        return self._ranges(self._extremes(document.query, "i"), self._extremes(document.key, "j"))
+
+    def _limit(self, limit: Limit) -> Judged:
+        (least, most), (j0, j1) = self._extremes(limit.end, "i"), self.ends("j")
+        if limit.upper:
+            return Judged(some=self._le(j0, most), full=self._le(j1, least))
+        return Judged(some=self._le(least, j1), full=self._le(most, j0))
+
+    def _extremes(self, expr: Poly, axis: str) -> tuple[Thing, Thing]:
+        """The least and the greatest of an integer over (b, axis) in each block of that axis."""
+        render = self.renderer({"b": self._batch(), axis: self._positions(axis)})
+        numbers = render(expr, torch.int64)
+        least, most = (self.call(op, numbers, [-1]) for op in (aten.amin.default, aten.amax.default))
+        along = 3 if axis == "i" else 2
+        return self.call(aten.unsqueeze.default, least, along), self.call(aten.unsqueeze.default, most, along)
 
     def _ranges(self, query: tuple[Thing, ...], key: tuple[Thing, ...]) -> Judged:
         """Some number of one range may be in the other; all numbers of both are one and the same."""

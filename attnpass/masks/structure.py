@@ -5,11 +5,12 @@
     j <= i + c or j < prefix        prefix-LM
     i // C == j // C                chunks
     f(b, i) == g(b, j)              documents: equal ids
+    j <= f(b, i), j >= f(b, i)      a limit, f being data: causal behind a cache whose length is a tensor
     anything over (b, j) alone      key padding
     everything else                 stays dense
 
 Each form is recognised from the shape of a canonical literal, never from values. Offsets may hold sizes but no index
-and no data.
+and no data; a limit is where each query's own last or first key is data (the length of a cache, given positions).
 """
 
 from __future__ import annotations
@@ -17,7 +18,24 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from attnpass.masks.division import floordiv
-from attnpass.masks.expr import FALSE, TRUE, ZERO, Bool, Div, Eq, Fn, Ge, Load, Mono, Or, Poly, of, variables, walk
+from attnpass.masks.expr import (
+    FALSE,
+    TRUE,
+    ZERO,
+    Bool,
+    Div,
+    Eq,
+    Fn,
+    Ge,
+    Load,
+    Mono,
+    Or,
+    Poly,
+    loads,
+    of,
+    variables,
+    walk,
+)
 from attnpass.masks.frame import Frame
 from attnpass.masks.logic import both, conjuncts, either, eq, ge
 from attnpass.masks.ranges import nonneg
@@ -35,6 +53,14 @@ class Document:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Limit:
+    """Query i sees the keys j <= end, or j >= end: a position of its own, which is data."""
+
+    end: Poly  # over (b, i)
+    upper: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Structure:
     """A keep-mask taken apart: the conjunction of all fields is the mask."""
 
@@ -43,6 +69,7 @@ class Structure:
     prefix: Poly | None = None  # or j < prefix, together with `upper`
     chunk: Poly | None = None
     documents: tuple[Document, ...] = ()
+    limits: tuple[Limit, ...] = ()
     keys: Bool = TRUE  # over (b, j) alone
     residual: Bool = TRUE  # what is none of these
 
@@ -60,6 +87,7 @@ class Structure:
             prefix=None if self.prefix is None else size_of(self.prefix),
             chunk=None if self.chunk is None else size_of(self.chunk),
             document=bool(self.documents),
+            limited=bool(self.limits),
             key_padding=self.keys != TRUE,
             dense=self.residual != TRUE,
         )
@@ -80,6 +108,7 @@ class Structure:
         if self.chunk is not None:
             out.append(f"chunks of {self.chunk!r}")
         out += [f"documents: {d.query!r} == {d.key!r}" for d in self.documents]
+        out += [f"limit: j {'<=' if limit.upper else '>='} {limit.end!r}" for limit in self.limits]
         if self.keys != TRUE:
             out.append(f"keys: {self.keys!r}")
         if self.residual != TRUE:
@@ -125,6 +154,9 @@ def _fit(part: Bool, out: Structure, frame: Frame) -> Structure | None:
             if sign < 0 and out.lower is None:
                 return replace(out, lower=offset)
             return None
+        limit = _limit(part.p, frame)
+        if limit is not None:
+            return replace(out, limits=(*out.limits, limit))
     if isinstance(part, Or):
         prefix = _prefix(part, frame)
         if prefix is not None and out.upper is None:
@@ -199,6 +231,19 @@ def _document(p: Poly, frame: Frame) -> Document | None:
     return Document(query=f, key=g)
 
 
+def _limit(p: Poly, frame: Frame) -> Limit | None:
+    """The limit of `f(b, i) - j >= 0` or `j - f(b, i) >= 0`, where f holds data."""
+    j = frame.var("j")
+    parts = None if j is None else p.split(j)
+    if parts is None or parts[0].value not in (1, -1):
+        return None
+    upper, rest = parts[0].value == -1, parts[1]
+    # without i it is key padding
+    if not {"i"} <= variables(rest) <= {"b", "i"} or not loads(rest):
+        return None
+    return Limit(end=rest if upper else -rest, upper=upper)
+
+
 def _chunk(equal: Document, frame: Frame) -> Poly | None:
     """C of i // C == j // C."""
     i, j = frame.var("i"), frame.var("j")
@@ -236,4 +281,5 @@ def whole(structure: Structure, frame: Frame) -> Bool:
     if structure.chunk is not None:
         parts.append(eq(floordiv(i, structure.chunk) - floordiv(j, structure.chunk)))
     parts += [eq(d.query - d.key) for d in structure.documents]
+    parts += [ge(limit.end - j if limit.upper else j - limit.end) for limit in structure.limits]
     return both(*parts)

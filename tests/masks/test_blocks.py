@@ -17,7 +17,7 @@ from attnpass.masks.frame import Frame, frame
 from attnpass.masks.logic import both, eq, negate
 from attnpass.masks.render import Renderer
 from attnpass.masks.sizes import Sizes
-from attnpass.masks.structure import Document, Structure, whole
+from attnpass.masks.structure import Document, Limit, Structure, whole
 
 BATCH, HEADS, BLOCK = 3, 2, 8
 CPU = torch.device("cpu")
@@ -35,8 +35,9 @@ class Scene:
         g = torch.Generator().manual_seed(seed)
         pad = torch.rand(BATCH, keys, generator=g) < torch.rand(BATCH, 1, generator=g)
         ids = torch.randint(0, 4, (BATCH, max(queries, keys)), generator=g)
-        sorted_ids = ids.sort().values
-        return cls(frame(Sizes(), BATCH, HEADS, queries, keys), {"pad": pad, "ids": ids, "sorted": sorted_ids})
+        ends = torch.randint(-5, 45, (BATCH, queries), generator=g)
+        tensors = {"pad": pad, "ids": ids, "sorted": ids.sort().values, "ends": ends}
+        return cls(frame(Sizes(), BATCH, HEADS, queries, keys), tensors)
 
     @property
     def queries(self) -> int:
@@ -106,6 +107,11 @@ def document(scene: Scene, name: str) -> Document:
     return Document(query=load(scene.frame.i), key=load(scene.frame.j))
 
 
+def limit(scene: Scene, *, upper: bool, slope: int = 0) -> Limit:
+    load = of(Load("ends", (scene.frame.b, scene.frame.i), "int", "int64"))
+    return Limit(end=load + scene.frame.i * slope, upper=upper)
+
+
 def exact(scene: Scene, structure: Structure) -> None:
     for judged, true in zip(scene.judge(structure), scene.truth(whole(structure, scene.frame)), strict=True):
         assert torch.equal(judged, true)
@@ -159,6 +165,13 @@ def test_documents_are_never_left_out_and_full_exactly(shape: tuple[int, int], s
     assert not (true_some & ~some).any()
 
 
+@settings(max_examples=100, deadline=None)
+@given(lengths, st.integers(0, 10**6), st.booleans(), st.sampled_from([-1, 0, 1]))
+def test_a_limit_is_judged_exactly(shape: tuple[int, int], seed: int, upper: bool, slope: int) -> None:
+    scene = Scene.of(*shape, seed)
+    exact(scene, Structure(limits=(limit(scene, upper=upper, slope=slope),)))
+
+
 @settings(max_examples=400, deadline=None)
 @given(
     lengths,
@@ -169,6 +182,7 @@ def test_documents_are_never_left_out_and_full_exactly(shape: tuple[int, int], s
     st.none() | st.integers(1, 20).map(poly),
     st.booleans(),
     st.sampled_from([(), ("ids",), ("sorted",), ("ids", "sorted")]),
+    st.sampled_from([(), (True,), (False,), (True, False)]),
     st.booleans(),
 )
 def test_of_any_conjunction_nothing_kept_is_left_out_and_nothing_full_is_masked(
@@ -180,6 +194,7 @@ def test_of_any_conjunction_nothing_kept_is_left_out_and_nothing_full_is_masked(
     chunk: Poly | None,
     padded: bool,
     documents: tuple[str, ...],
+    limits: tuple[bool, ...],
     dense: bool,
 ) -> None:
     scene = Scene.of(*shape, seed)
@@ -191,6 +206,7 @@ def test_of_any_conjunction_nothing_kept_is_left_out_and_nothing_full_is_masked(
         chunk=chunk,
         keys=keys_of(scene) if padded else TRUE,
         documents=tuple(document(scene, name) for name in documents),
+        limits=tuple(limit(scene, upper=upper) for upper in limits),
         residual=negate(odd) if dense else TRUE,
     )
     some, full = scene.judge(structure)

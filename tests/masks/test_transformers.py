@@ -159,7 +159,7 @@ def test_a_static_cache_has_its_offset_in_a_tensor() -> None:
         return masking.sdpa_mask(BATCH, x.shape[1], 64, q_offset=seen, allow_is_causal_skip=False)
 
     proof = proof_of(traced(run, torch.zeros(BATCH, LENGTH, 32), torch.tensor(3)))
-    assert proof.spec == MaskSpec(dense=True)
+    assert proof.spec == MaskSpec(limited=True)
     assert [load.source for _, load in proof.loads] == ["inputs_1"]
 
 
