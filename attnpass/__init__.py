@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, overload
 
+from attnpass.ambient import policy
 from attnpass.errors import AttnpassError
 from attnpass.ledger import Report
-from attnpass.policy import Policy
+from attnpass.policy import Policy, Rule
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -34,8 +35,10 @@ __all__ = [
     "Kernel",
     "Policy",
     "Report",
+    "Rule",
     "__version__",
     "audit",
+    "policy",
     "register_kernel",
     "register_rule",
     "report",
@@ -46,7 +49,7 @@ __all__ = [
 
 
 class _Package(ModuleType):
-    """Keeps the function `report`: importing the package of that name, which renders reports, would replace it."""
+    """Keeps the functions `report` and `policy`: importing the modules of these names would replace them."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in __all__ and isinstance(value, ModuleType)):
@@ -101,7 +104,7 @@ def audit(target: Any, *args: Any, policy: Policy | None = None, **kwargs: Any) 
         raise AttnpassError(f"cannot audit {type(target).__name__}; pass a model, a function or an ExportedProgram")
     from attnpass.capture import dynamo
 
-    return dynamo.audit_callable(target, args, kwargs, policy or Policy())
+    return dynamo.audit_callable(target, args, kwargs, policy)
 
 
 def report() -> Report:

@@ -1,18 +1,28 @@
-"""Choosing a kernel for a site: every kernel is asked, every refusal is kept, the cheapest that accepts is taken.
+"""Choosing a kernel for a site: every kernel is asked, every refusal is kept, the best that accepts is taken.
+
+    asked for by name     in the order given, whatever they are expected to cost
+    all others            by expected cost, if that is not above the original's (min_gain)
+    "keep"                ends the list: the site is rather left
 
 Leaving the graph as it is is always an allowed choice. Capabilities are read before preferences: what a kernel
-computes does not depend on what the user likes.
+computes does not depend on what the user likes. Two things are never done unasked: an approximate kernel is taken only
+where that is allowed, however it is named, and a kernel that is there to be named is not considered otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from attnpass.closed import obstacles as unsaid
+from attnpass.cost import unfused_us
+from attnpass.errors import first_line
 from attnpass.functions import obstacles
 from attnpass.gain import gained
+from attnpass.graph import where
 from attnpass.kernels import Kernel, kernels
-from attnpass.ledger import Verdict
+from attnpass.ledger import Verdict, Where
+from attnpass.names import KEEP, NATIVE
 from attnpass.policy import Policy
 from attnpass.prove import Proved
 from attnpass.reasons import Reason, reason
@@ -26,26 +36,33 @@ class Choice:
     kernels: tuple[Kernel, ...]
     reason: Reason | None
     verdicts: tuple[Verdict, ...]
+    asked: tuple[str, ...] = ()  # what the user would have for this site
 
 
 def choose(proved: Proved, policy: Policy, fuel: int | None, *, compiled: bool = False) -> Choice:
     """Ask all kernels about a site; `compiled`: inductor will compile the graph."""
     site = proved.site
-    asked = [(kernel, _verdict(kernel, proved, compiled)) for kernel in kernels()]
-    verdicts = tuple(verdict for _, verdict in asked)
-    willing = [pair for pair in asked if pair[1].accepts and (not site.existing_call or gained(proved, pair[0]))]
-    why = reason("already_fused") if site.existing_call and not willing else _kept(site, policy, fuel)
-    if why is not None:
-        return Choice(kernels=(), reason=why, verdicts=verdicts)
-    if not willing:
-        texts = "; ".join(f"{v.kernel}: {', '.join(r.text for r in v.refusals)}" for v in verdicts)
-        return Choice(kernels=(), reason=reason("no_kernel", detail=texts), verdicts=verdicts)
-    # kernels that tell no cost keep their order, behind those that do
-    ranked = sorted(willing, key=lambda pair: float("inf") if pair[1].cost_us is None else pair[1].cost_us)
-    return Choice(kernels=tuple(kernel for kernel, _ in ranked), reason=None, verdicts=verdicts)
+    try:
+        asked = policy.asked(where(site.anchor) if policy.rules else Where(), site.spec)
+    except Exception as error:  # a predicate of the user's: no reason not to run his model
+        return Choice(kernels=(), reason=reason("rule_failed", detail=first_line(error)), verdicts=())
+    considered = {k.name: k for k in kernels() if not k.only_by_name or k.name in asked}
+    answers = {name: _verdict(k, proved, policy, compiled, named=name in asked) for name, k in considered.items()}
+    willing = {name: answer for name, answer in answers.items() if answer.accepts}
+    if site.existing_call:
+        willing = {name: v for name, v in willing.items() if gained(proved, considered[name], named=name in asked)}
+    named, alone = _named(site, asked, willing)
+    others = [] if alone else _by_cost([v for v in willing.values() if v.kernel not in named])
+    best = [*named, *(v.kernel for v in _gainful(site, others, policy))]
+    verdicts = (*answers.values(), *_unregistered(asked, considered))
+    why = _kept(site, policy, fuel, asked, best)
+    if why is None and not best:
+        why = reason("not_profitable") if others else reason("kept") if KEEP in asked else _no_kernel(verdicts)
+    taken = () if why is not None else tuple(considered[name] for name in best)
+    return Choice(kernels=taken, reason=why, verdicts=verdicts, asked=asked)
 
 
-def _verdict(kernel: Kernel, proved: Proved, compiled: bool) -> Verdict:
+def _verdict(kernel: Kernel, proved: Proved, policy: Policy, compiled: bool, *, named: bool) -> Verdict:
     site = proved.site
     missing = kernel.available()
     refusals = (*((missing,) if missing else ()), *kernel.refusals(site.spec))
@@ -53,11 +70,52 @@ def _verdict(kernel: Kernel, proved: Proved, compiled: bool) -> Verdict:
         refusals = (*refusals, *unsaid(proved, kernel))
     if kernel.takes == "functions":
         uncompiled = () if compiled else (reason("not_compiled"),)
-        refusals = (*uncompiled, *refusals, *obstacles(proved))
+        refusals = (*uncompiled, *refusals, *obstacles(proved, while_tame=True))
+    if kernel.can.approximate and not policy.allow_approximate:
+        refusals = (*refusals, reason("approximate"))
+    in_place_of_a_call = site.existing_call and named and kernel.name != NATIVE
+    if in_place_of_a_call and not refusals and not gained(proved, kernel, named=True):
+        refusals = (reason("unlike_call"),)
+    refusals = tuple(dict.fromkeys(refusals))  # one width too wide is as good as two
     return Verdict(kernel=kernel.name, refusals=refusals, cost_us=None if refusals else kernel.cost(site.spec))
 
 
-def _kept(site: Site, policy: Policy, fuel: int | None) -> Reason | None:
+def _unregistered(asked: Sequence[str], considered: Collection[str]) -> list[Verdict]:
+    """Kernels that have a name, but are not there: taken out again, or of a package that was left out."""
+    missing = reason("unavailable", detail="no kernel of this name is registered")
+    return [Verdict(kernel=n, refusals=(missing,)) for n in asked if n not in considered and n != KEEP]
+
+
+def _named(site: Site, asked: Sequence[str], willing: Collection[str]) -> tuple[list[str], bool]:
+    """The kernels that were asked for and would serve, in that order; and whether no others may be taken."""
+    named: list[str] = []
+    for name in asked:
+        # a call that torch's own kernels serve already, and no better if it were written anew, has what is asked for
+        if name == KEEP or (name == NATIVE and site.existing_call and name not in willing):
+            return named, True
+        if name in willing:
+            named.append(name)
+    return named, False
+
+
+def _by_cost(verdicts: list[Verdict]) -> list[Verdict]:
+    """Those that tell no cost keep their order, behind those that do."""
+    return sorted(verdicts, key=lambda verdict: float("inf") if verdict.cost_us is None else verdict.cost_us)
+
+
+def _gainful(site: Site, verdicts: list[Verdict], policy: Policy) -> list[Verdict]:
+    """Those expected to be as much faster than the original as the policy wants; where nothing is known, all."""
+    now = unfused_us(site.spec)
+    if site.existing_call or now is None or not verdicts or verdicts[0].cost_us is None:
+        return verdicts
+    return [v for v in verdicts if v.cost_us is not None and v.cost_us <= (1 - policy.min_gain) * now]
+
+
+def _kept(site: Site, policy: Policy, fuel: int | None, asked: Sequence[str], best: Sequence[str]) -> Reason | None:
+    if tuple(asked) == (KEEP,):
+        return reason("kept")
+    if site.existing_call and not best:
+        return reason("already_fused")
     if site.obstacles:
         return site.obstacles[0]
     if policy.strict and site.assumptions:
@@ -65,3 +123,11 @@ def _kept(site: Site, policy: Policy, fuel: int | None) -> Reason | None:
     if fuel is not None and fuel <= 0:
         return reason("fuel")
     return None
+
+
+def _no_kernel(verdicts: Sequence[Verdict]) -> Reason:
+    """What each kernel that could run here has against it."""
+    here = [v for v in verdicts if not v.absent]
+    texts = [f"{v.kernel}: {', '.join(refusal.text for refusal in v.refusals)}" for v in here]
+    away = len(verdicts) - len(here)
+    return reason("no_kernel", detail="; ".join([*texts, *([f"{away} more cannot run here"] if away else [])]))

@@ -22,7 +22,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attnpass
-from attnpass import cli_files
+from attnpass import cli_files, cli_kernels
+from attnpass.ambient import from_text
 from attnpass.errors import AttnpassError
 
 if TYPE_CHECKING:
@@ -67,13 +68,13 @@ def _audit(options: argparse.Namespace) -> int:
     if cli_files.is_factory(options.target):
         with _quietly(), _progress(options, f"making {options.target}"):
             made = cli_files.make(options.target)
-        with _quietly(), _progress(options, "capturing and auditing"):
+        with _quietly(), _progress(options, "capturing and auditing"), _policy(options):
             report = attnpass.audit(made.model, *made.args, **made.kwargs)
     else:
         _need_file(options.target)
         with _quietly(), _progress(options, f"loading {options.target}"):
             program = cli_files.load(options.target).program
-        with _quietly(), _progress(options, "auditing"):
+        with _quietly(), _progress(options, "auditing"), _policy(options):
             report = attnpass.audit(program)
     return _show(report, options)
 
@@ -88,9 +89,8 @@ def _rewrite(options: argparse.Namespace) -> int:
         _need_file(options.source)
         with _quietly(), _progress(options, f"loading {options.source}"):
             loaded = cli_files.load(options.source)
-    with _quietly(), _progress(options, "rewriting"):
-        policy = attnpass.Policy(trust_buffers=options.trust_buffers)
-        program, report = attnpass.rewrite(loaded.program, policy=policy)
+    with _quietly(), _progress(options, "rewriting"), _policy(options):
+        program, report = attnpass.rewrite(loaded.program)
     with _quietly(), _progress(options, f"writing {options.output}"):
         cli_files.save(cli_files.Loaded(program, loaded.extra), options.output)
     return _show(report, options)
@@ -115,29 +115,11 @@ def _show(report: Report, options: argparse.Namespace) -> int:
 def _kernels(options: argparse.Namespace) -> int:
     from attnpass.kernels import kernels
 
-    rows: list[dict[str, Any]] = []
-    for kernel in kernels():
-        missing = kernel.available()
-        rows.append(
-            {
-                "kernel": kernel.name,
-                "available": missing is None,
-                "version": kernel.version() if missing is None else "",
-                "reason": None if missing is None else {"code": missing.code, "text": missing.text},
-                "devices": sorted(kernel.can.devices),
-                "dtypes": sorted(kernel.can.dtypes),
-            }
-        )
+    rows = [cli_kernels.row(kernel) for kernel in kernels()]
     if options.json:
         print(json.dumps(rows, indent=2))
     elif not options.quiet:
-        table = _table("kernel", "here", "version", "devices", "dtypes")
-        for row in rows:
-            why = row["reason"]
-            here = "[green]yes[/green]" if why is None else f"[yellow]no[/yellow]: {_escape(why['text'])}"
-            version, devices, dtypes = _escape(row["version"]), ", ".join(row["devices"]), ", ".join(row["dtypes"])
-            table.add_row(row["kernel"], here, version, devices, dtypes)
-        _print(table)
+        _print(cli_kernels.shown(rows))
     return FINE
 
 
@@ -170,6 +152,22 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 # -- helpers -----------------------------------------------------------------------------------------------------------
+
+
+def _policy(options: argparse.Namespace) -> contextlib.AbstractContextManager[attnpass.Policy]:
+    """What the options say; of what they do not speak, the environment does."""
+    said: dict[str, Any] = {}
+    if options.policy is not None:
+        try:
+            said |= from_text(options.policy)
+            attnpass.Policy.from_options(said)
+        except AttnpassError as error:
+            raise AttnpassError(f"--policy: {error}") from error
+    if options.kernel is not None:
+        said["kernel"] = options.kernel
+    if getattr(options, "trust_buffers", False):
+        said["trust_buffers"] = True
+    return attnpass.policy(**said)
 
 
 def _import_also(names: Sequence[str]) -> None:
@@ -250,6 +248,12 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         help="import this module first: one that defines operators which the program uses",
     )
+    models.add_argument(
+        "--kernel", metavar="NAMES", help="kernels in order of preference, with commas; `attnpass kernels` lists them"
+    )
+    models.add_argument(
+        "--policy", metavar="JSON", help="""further options, or a file of them: '{"rules": {"*.cross_attn": "keep"}}'"""
+    )
     models.add_argument("--html", metavar="FILE", help="write the report as one self-contained page, too")
 
     parser = argparse.ArgumentParser(
@@ -284,7 +288,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     rewrite.set_defaults(run=_rewrite)
 
-    kernels = commands.add_parser("kernels", parents=[common], help="list the kernels: which run here, and why not")
+    kernels = commands.add_parser(
+        "kernels", parents=[common], help="list the kernels: which run here, why not, and what each can do"
+    )
     kernels.set_defaults(run=_kernels)
 
     reasons = commands.add_parser("reasons", parents=[common], help="explain the reasons that reports give")

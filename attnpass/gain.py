@@ -3,6 +3,7 @@
     the mask is gone           nothing is left of it, or the kernel knows it by a flag: no tensor is made or read
     the mask is a function     of which the kernel skips what it takes away, if that is expected to be faster
     another kernel             that has arguments for all of it, if that is expected to be faster
+    another kernel             that the user has asked for by name
     heads are not repeated     k and v are read as they were before, and the kernel shares them
 
 Nothing else counts: the same call in other words is left alone, so a rewritten graph is not rewritten again.
@@ -20,14 +21,17 @@ from attnpass.cost import rated_us
 from attnpass.graph import is_one, same, tensor
 from attnpass.kernels import Kernel
 from attnpass.kernels.native import Native
+from attnpass.names import NATIVE
 from attnpass.prove import Proved
 from attnpass.recognize.ops import bound
 from attnpass.site import Site
 from attnpass.spec import AttentionSpec, EmptyRow
 
 
-def gained(proved: Proved, kernel: Kernel) -> bool:
-    """This kernel in place of the call reads less than the call does, and answers the same."""
+def gained(proved: Proved, kernel: Kernel, *, named: bool = False) -> bool:
+    """This kernel in place of the call reads less than the call does, and answers the same; `named`: what it reads
+    does not matter, because the user has asked for it.
+    """
     site = proved.site
     if site.obstacles or (site.causal and not kernel.can.causal):
         return False
@@ -35,14 +39,16 @@ def gained(proved: Proved, kernel: Kernel) -> bool:
     mask = args["attn_mask"]
     sure = spec.empty_rows is EmptyRow.IMPOSSIBLE
     if kernel.takes == "functions":
-        return mask is not None and sure and proved.structured and _faster(kernel, spec)
+        return mask is not None and sure and (named or (proved.structured and _faster(kernel, spec)))
     if kernel.takes == "forms":
-        return sure and proved.expressed and _faster(kernel, spec)
+        return sure and proved.expressed and (named or _faster(kernel, spec))
     if mask is not None and (proved.unmasked or (kernel.can.causal and proved.causal)):
         return sure
     # the mask goes to the kernel as it is: not in a narrower dtype, nor q, k and v in a wider one
     if not all(bias.exact for bias in spec.bias) or not (sure or _same_kernel(site, kernel)):
         return False
+    if named and kernel.name != NATIVE:  # which is what the call is already
+        return True
     repeated = site.k.node is not args["key"] or site.v.node is not args["value"]
     return repeated and kernel.shares_heads(spec)
 
@@ -61,7 +67,7 @@ def _same_kernel(site: Site, kernel: Kernel) -> bool:
     read = tensor(mask)
     q, k, v = (t for t in given if t is not None)
     return (
-        isinstance(kernel, Native)
+        type(kernel) is Native
         and site.spec.device == "cpu"
         and site.dropout == 0.0
         and all(t.dim() == 4 and is_one(t.stride(-1)) for t in (q, k, v))

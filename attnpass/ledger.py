@@ -35,10 +35,16 @@ class Verdict:
     kernel: str
     refusals: tuple[Reason, ...] = ()
     cost_us: float | None = None
+    timed: bool = False  # measured here (autotune), not expected
 
     @property
     def accepts(self) -> bool:
         return not self.refusals
+
+    @property
+    def absent(self) -> bool:
+        """It cannot run on this machine, whatever the spec."""
+        return any(refusal.code == "unavailable" for refusal in self.refusals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,7 @@ class Decision:
     spec: AttentionSpec
     replaced: bool
     kernel: str | None = None
+    asked: tuple[str, ...] = ()  # kernels that the policy would have here, in order; "keep" may end them
     reason: Reason | None = None  # why it was not replaced
     verdicts: tuple[Verdict, ...] = ()
     assumptions: tuple[str, ...] = ()

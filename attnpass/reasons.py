@@ -159,7 +159,7 @@ CATALOGUE: dict[str, Entry] = {
     "unlike_widths": Entry(
         _K, "needs keys and values of one width", "Multi-head latent attention needs another kernel."
     ),
-    "softcap": Entry(_K, "has no soft cap", "FlexAttention and flash-attn have one."),
+    "softcap": Entry(_K, "has no soft cap {detail}", "FlexAttention and flash-attn have one."),
     "sink": Entry(_K, "has no attention sinks", "FlexAttention can do it by its log-sum-exp."),
     "dropout": Entry(_K, "has no dropout {detail}", "In evaluation mode there is none."),
     "dropout_unknown": Entry(_K, "the dropout probability is not a known number", "Make it a constant."),
@@ -206,7 +206,12 @@ CATALOGUE: dict[str, Entry] = {
     "not_expressed": Entry(
         _K,
         "takes masks and biases as functions, and these are not proved to be any",
-        "A mask built from positions, lengths or ids is; a tensor of unknown numbers is not.",
+        "A mask built from positions, lengths or ids is; a bias of unknown numbers only without gradients.",
+    ),
+    "unlike_call": Entry(
+        _K,
+        "is not known to answer every query as the call that is there does",
+        "A query without any key, or a mask that this kernel would round; nothing is changed unless that is excluded.",
     ),
     "kernel_bug": Entry(_K, "known bug: {detail}", "Avoided until it is fixed."),
     # --- decision: the site is understood, but was left as it is ----------------------------------------------------
@@ -238,8 +243,23 @@ CATALOGUE: dict[str, Entry] = {
         "Nothing to gain: its mask cannot be left out, and no heads of k and v are repeated for it.",
     ),
     "not_profitable": Entry(_D, "the graph as it is is expected to be as fast", "Set min_gain lower to force it."),
+    "rule_failed": Entry(
+        _D,
+        "a rule of the policy failed on this site: {detail}",
+        "Symbolic sizes are texts: a predicate that compares a size has to look whether it is a number.",
+    ),
     "kept": Entry(_D, "the policy keeps this site as it is", "Change the rule for this site."),
     "fuel": Entry(_D, "the fuel was used up before this site", "Raise fuel; it is meant for bisection."),
+    "new_condition": Entry(
+        _D,
+        "its call could be written only under a condition on sizes that the graph does not have: {detail}",
+        "No guard is ever added. It may be replaced where that size is static, or is marked as what it is equal to.",
+    ),
+    "no_size": Entry(
+        _D,
+        "its call needs the size {detail}, which no tensor has where it would stand",
+        "It may be replaced where that size is static.",
+    ),
     "verify_failed": Entry(
         _D, "the rewritten graph failed its check: {detail}", "The site was put back. Please report it."
     ),

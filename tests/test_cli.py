@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import stat
@@ -14,10 +15,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import attnpass
-from attnpass import cli, cli_files, demo
+from attnpass import cli, cli_files, cli_kernels, demo
+from attnpass.kernels import Capabilities
+from attnpass.kernels.native import Native
+from attnpass.reasons import Reason, reason
 from tests.models import torchvision_stub
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -220,6 +225,88 @@ def test_kernels_says_what_runs_here_and_why_not(capsys: Capture) -> None:
     out = capsys.readouterr().out
     assert all(row["kernel"] in out for row in rows)
     assert "\x1b" not in out
+    native = next(row for row in rows if row["kernel"] == "native")
+    assert (native["version"], native["verified"], native["only_by_name"]) == (torch.__version__, "hardware", False)
+    assert native["widths"] == {"most": None, "multiple": 1}
+    assert native["supports"]["causal"]
+    assert not native["supports"]["softcap"]
+
+
+class Odd(Native):
+    """Everything that is said of a kernel only now and then."""
+
+    name = "odd"
+    only_by_name = True
+    verified = "contract"
+    can = Capabilities(
+        devices=frozenset({"cuda"}),
+        dtypes=frozenset({"float32", "bfloat16"}),
+        max_width=256,
+        width_multiple=8,
+        alibi=True,
+        approximate=True,
+    )
+
+    def available(self) -> Reason | None:
+        return reason("unavailable", detail="odd is not installed: pip install odd")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_table_of_kernels_says_what_each_can_do_at_any_width(width: int) -> None:
+    console = Console(width=width, file=io.StringIO())
+    console.print(cli_kernels.shown([cli_kernels.row(Native()), cli_kernels.row(Odd())]))
+    lines = console.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= width
+    here, away = lines.index("run here"), lines.index("do not run here")
+    assert here < lines.index(f"  native  {torch.__version__}") < away
+    assert lines[away + 1 : away + 4] == [
+        "  odd     odd is not installed: pip install odd",
+        "        cuda; bfloat16, float32; heads of width up to 256, multiples of 8",
+        "        ALiBi",
+    ]
+    last = " ".join(" ".join(lines[away + 4 :]).split())
+    assert last == (
+        "approximate: only with allow_approximate; only where it is named; "
+        "tested against its documentation, not on hardware"
+    )
+
+
+def kernel_of(text: str) -> str | None:
+    (site,) = json.loads(text)["sites"]
+    return site["kernel"]
+
+
+@pytest.mark.usefixtures("folder", "fresh_dynamo")
+def test_kernels_and_policies_are_given_on_the_command_line(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNPASS_KERNEL", "keep")
+    Path("policy.json").write_text('{"kernel": "native"}')
+    for command in (["audit", "model.pt2"], ["audit", "factories:attention"], ["rewrite", "model.pt2", "out.pt2"]):
+        assert cli.main([*command, "--json"]) == 1
+        assert kernel_of(capsys.readouterr().out) is None
+        for options in (
+            ["--kernel", "flash_attention_3,sdpa"],
+            ["--policy", "policy.json"],
+            ["--policy", '{"rules": {"*": "native"}}'],
+            ["--policy", '{"kernel": "keep"}', "--kernel", "native"],
+        ):
+            assert cli.main([*command, "--json", *options]) == 0
+            assert kernel_of(capsys.readouterr().out) == "native"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--kernel", "natve"], "there is no kernel 'natve'; near are native"),
+        (["--policy", "nowhere.json"], "--policy: nowhere.json cannot be read"),
+        (["--policy", '{"kernl": 3}'], "--policy: unknown option 'kernl'; did you mean 'kernel'?"),
+        (["--policy", '{"kernel": "flash_3", "strict_kernel": true}'], "strict_kernel: no kernel that was asked for"),
+    ],
+)
+@pytest.mark.usefixtures("folder")
+def test_a_wrong_policy_gets_one_clear_line(options: list[str], says: str, capsys: Capture) -> None:
+    assert says in wrong(capsys, "audit", "model.pt2", *options)
+    assert says in wrong(capsys, "rewrite", "model.pt2", "out.pt2", *options)
+    assert not Path("out.pt2").exists()
 
 
 def test_reasons_explains_one_or_all(capsys: Capture) -> None:

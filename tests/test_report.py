@@ -75,7 +75,7 @@ def full_report() -> Report:
         for i in range(12)
     ]
     capped = (
-        Verdict(kernel="native", refusals=(reason("softcap"), reason("sink"))),
+        Verdict(kernel="native", refusals=(reason("softcap", detail=""), reason("sink"))),
         Verdict(kernel="other", refusals=(reason("device", device="cpu"),)),
     )
     cross = site(
@@ -94,6 +94,7 @@ def full_report() -> Report:
         kernel=None,
         reason=reason("no_kernel", detail="native: has no soft cap"),
         verdicts=capped,
+        asked=("other",),
     )
     head = site(
         "g1.s1", at("head", None, None), replaced=False, kernel=None, reason=reason("weights_used", op="output")
@@ -200,6 +201,7 @@ def test_equal_layers_are_one_group_and_unlike_ones_are_not():
         {"spec": dataclasses.replace(PLAIN, scale=0.5)},
         {"assumptions": ("x",)},
         {"kernel": "other"},
+        {"asked": ("native",)},
         {"replaced": False, "kernel": None, "reason": reason("fuel")},
         {"verdicts": ()},
         {"where": at("decoder.1.attn")},
@@ -256,6 +258,7 @@ def test_one_pattern_stands_for_several_module_paths(paths: list[str], exact: bo
         (MaskSpec(causal=0, window=(127, None)), "causal, window 127 left"),
         (MaskSpec(window=(3, 4)), "window 3 left 4 right"),
         (MaskSpec(prefix=16, chunk=8192, document=True), "prefix 16, chunks of 8192, documents"),
+        (MaskSpec(limited=True, key_padding=True), "limits that are data, key padding"),
         (MaskSpec(dense=True), "dense mask"),
     ],
 )
@@ -308,8 +311,9 @@ SPEC = {
     "groups": WHOLE,
     "softmax_dtype": TEXT,
     "dropout": (int, float, str),
-    "softcap": (int, float, OR_NULL),
+    "softcap": (int, float, str, OR_NULL),
     "sink": TRUTH,
+    "deterministic": TRUTH,
     "bias": [{"shape": [SIZE], "dtype": TEXT, "grad": TRUTH, "exact": TRUTH}],
     "mask": {
         "causal": (int, str, OR_NULL),
@@ -317,6 +321,7 @@ SPEC = {
         "prefix": (int, str, OR_NULL),
         "chunk": (int, str, OR_NULL),
         "document": TRUTH,
+        "limited": TRUTH,
         "key_padding": TRUTH,
         "dense": TRUTH,
     },
@@ -336,8 +341,9 @@ SCHEMA = {
             "spec": SPEC,
             "replaced": TRUTH,
             "kernel": (str, OR_NULL),
+            "asked": [TEXT],
             "reason": (REASON, OR_NULL),
-            "verdicts": [{"kernel": TEXT, "refusals": [REASON], "cost_us": (int, float, OR_NULL)}],
+            "verdicts": [{"kernel": TEXT, "refusals": [REASON], "cost_us": (int, float, OR_NULL), "timed": TRUTH}],
             "assumptions": [TEXT],
             "proofs": [TEXT],
             "saves": {"bytes": (int, OR_NULL), "us": (int, float, OR_NULL)},

@@ -4,11 +4,13 @@
     torch.compile(model, backend="attnpass", mode="max-autotune")                 inductor, with that mode
     torch.compile(model, backend="attnpass", options={"inner": "aot_eager"})      another backend behind the pass
     torch.compile(model, backend="attnpass", options={"inductor": {"max_autotune": True}, "strict": True})
+    torch.compile(model, backend="attnpass", options={"kernel": ["flash_3", "flash"]})
 
 The pass works on the graph that Dynamo hands over and then calls the inner backend with it, changed or not: nothing
 that goes wrong in the pass stops a compilation (it is in the report), and whatever the inner backend raises is raised.
 Where a proof relies on what a buffer holds, two graphs stand behind one check (:mod:`attnpass.capture.held`).
-Only wrong options are errors of ours, because they are the user's to mend.
+Two things only are errors of ours, because they are the user's to mend: wrong options, and a site that cannot have the
+kernel which `strict_kernel` demands.
 """
 
 from __future__ import annotations
@@ -23,9 +25,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
+from attnpass.ambient import resolved
 from attnpass.capture import frames
 from attnpass.capture.held import Later, guarded
 from attnpass.capture.observe import audit_callable
+from attnpass.demands import insist
 from attnpass.errors import AttnpassError
 from attnpass.policy import Policy
 
@@ -53,6 +57,7 @@ def backend(
     session.record(number, done.report)
     with contextlib.suppress(Exception):  # a trace that cannot be written is no reason not to compile
         trace(done.report)
+    insist(setup.policy, done.report)
     other = done.other
     if other is None:
         return setup.inner(gm, example_inputs)
@@ -88,7 +93,7 @@ class Setup:
             if name not in known:
                 raise AttnpassError(f"unknown option {name!r}{_hint(str(name), known)}")
         inner, patches = given.pop("inner", "inductor"), given.pop("inductor", None)
-        return cls(Policy.from_options(given), _inner(inner, patches, mode), inner == "inductor")
+        return cls(resolved(given), _inner(inner, patches, mode), inner == "inductor")
 
 
 def _inner(inner: Any, patches: Any, mode: str | None) -> Inner:

@@ -26,10 +26,12 @@ from torch.fx import Graph, GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnpass import pipeline
+from attnpass.ambient import resolved
 from attnpass.capture import aten
 from attnpass.capture.held import Held, relying
+from attnpass.demands import insist, unmatched
 from attnpass.errors import AttnpassError, first_line
-from attnpass.graph import State, fake_mode_of
+from attnpass.graph import State, fake_mode_of, matters
 from attnpass.ledger import Decision, Failure, Report
 from attnpass.masks.content import forget
 from attnpass.masks.writes import Writes
@@ -59,11 +61,15 @@ def rewrite(
     """A copy with every attention replaced that can be, and the report; `example_inputs` only for a GraphModule that
     carries no shapes.
     """
-    job = _Job(policy or Policy(), rewrite=True)
+    job = _Job(resolved(policy), rewrite=True)
+    done: ExportedProgram | GraphModule
     if isinstance(program, ExportedProgram):
-        return _rewrite_program(program, job)
-    gm = _prepared(program, example_inputs)
-    return job.process(gm, "graph", State()), job.report()
+        done, report = _rewrite_program(program, job)
+    else:
+        gm = _prepared(program, example_inputs)
+        done, report = job.process(gm, "graph", State()), job.report()
+    insist(job.policy, report)
+    return done, report
 
 
 def audit(
@@ -73,13 +79,15 @@ def audit(
     example_inputs: Sequence[Any] | None = None,
 ) -> Report:
     """What `rewrite` would do, and why; nothing is changed."""
-    job = _Job(policy or Policy(), rewrite=False)
+    job = _Job(resolved(policy), rewrite=False)
     if isinstance(program, ExportedProgram):
         job.constants, job.buffers = _constants(program), _buffers(program)
         job.process(program.graph_module, "program", State())
     else:
         job.process(_prepared(program, example_inputs), "graph", State())
-    return job.report()
+    report = job.report()
+    insist(job.policy, report)
+    return report
 
 
 def _prepared(program: GraphModule, example_inputs: Sequence[Any] | None) -> GraphModule:
@@ -247,13 +255,14 @@ class _Job:
         if undone is not None:
             outcomes = [_undone(outcome, reason("verify_failed", detail=undone)) for outcome in outcomes]
             failures.append(Failure(graph="program", stage="validate", text=undone))
-        return Report(
+        report = Report(
             torch=torch.__version__,
             sites=tuple(site for outcome in outcomes for site in outcome.decisions),
             misses=tuple(miss for outcome in outcomes for miss in outcome.misses),
             failures=tuple(failures),
             notes=tuple(note for outcome in outcomes for note in outcome.notes),
         )
+        return dataclasses.replace(report, notes=(*report.notes, *unmatched(self.policy, report)))
 
 
 def _flowing(graph: Graph, state: State) -> frozenset[str]:
@@ -296,16 +305,12 @@ class _Guards:
         return cls(env, len(env.guards), len(env.replacements)) if env is not None else cls(None, 0, 0)
 
     def check(self) -> None:
-        """Put the environment back, which the original shares, and raise if something was assumed that matters.
-
-        The strides of a fake result may be computed under "this size is not 1": they are not what the real call goes
-        by, and its shape was compared with the original's. Everything else matters.
-        """
+        """Put the environment back, which the original shares, and raise if something was assumed that matters."""
         if self.env is None:
             return
         new = [guard.expr for guard in self.env.guards[self.guards :]]
         del self.env.guards[self.guards :]
-        assumed = [str(expr) for expr in new if not (getattr(expr, "rel_op", None) == "!=" and expr.rhs in (0, 1))]
+        assumed = [str(expr) for expr in new if matters(expr)]
         if assumed or len(self.env.replacements) != self.replacements:
             raise RuntimeError(f"the rewrite would hold only under a new condition on sizes: {', '.join(assumed)}")
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import inspect
 import random
 import sys
@@ -30,7 +31,9 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
+from attnpass.ambient import resolved
 from attnpass.capture import frames
+from attnpass.demands import insist, unmatched
 from attnpass.errors import AttnpassError
 from attnpass.ledger import Report, merge
 from attnpass.policy import Policy
@@ -51,8 +54,9 @@ _APART: dict[str, Any] = (
 )
 
 
-def audit_callable(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any], policy: Policy) -> Report:
+def audit_callable(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Policy | None = None) -> Report:
     """What would become of every softmax that `fn` computes on these arguments; nothing is changed."""
+    policy = resolved(given)
     reports: list[Report] = []
 
     def observer(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -74,7 +78,8 @@ def audit_callable(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any], poli
     if not reports:
         note = "torch.compile captured no graph at all: nothing was computed on tensors, or capture is switched off"
         report = Report(torch=torch.__version__, notes=(note,))
-    return report
+    insist(policy, report)
+    return dataclasses.replace(report, notes=(*report.notes, *unmatched(policy, report)))
 
 
 def _innermost(fn: Any) -> Any:

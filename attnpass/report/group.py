@@ -45,6 +45,7 @@ def group_sites(sites: Iterable[Decision]) -> list[Group[Decision]]:
             site.spec,
             site.replaced,
             site.kernel,
+            site.asked,
             site.reason,
             site.verdicts,
             site.assumptions,

@@ -104,6 +104,7 @@ def _site(group: Group[Decision]) -> str:
         outcome = f'<span class="warn">{escape(site.reason.code if site.reason else "kept")}</span>'
     inside = [
         _reason(site.reason) if site.reason else "",
+        _titled("Asked for, but not taken", _list(words.unmet(site), "warn")),
         _titled("Assumed, not proved", _list(site.assumptions, "warn")),
         _titled("Proved", _list(site.proofs)),
         _titled("Place", _place(site.where)),
@@ -180,7 +181,7 @@ def _spec(site: Decision) -> str:
         ("mask", words.mask(spec.mask)),
         ("queries without a key", words.EMPTY_ROWS[spec.empty_rows]),
         ("bias", "; ".join(bias)),
-        ("softcap", "none" if spec.softcap is None else f"{spec.softcap:g}"),
+        ("softcap", "none" if spec.softcap is None else words.softcap(spec.softcap)),
         ("sinks", "yes" if spec.sink else "no"),
         ("dropout", str(spec.dropout) if spec.dropout else "none"),
         ("gradients", "needed" if spec.grad else "not needed"),
@@ -196,7 +197,11 @@ def _verdicts(verdicts: Sequence[Verdict]) -> str:
     rows = []
     for verdict in verdicts:
         if verdict.accepts:
-            cost = "" if verdict.cost_us is None else f", about {words.duration(verdict.cost_us)}"
+            cost = (
+                ""
+                if verdict.cost_us is None
+                else f", {'' if verdict.timed else 'about '}{words.duration(verdict.cost_us)}"
+            )
             rows.append((verdict.kernel, f'<span class="good">can compute this</span>{cost}'))
         else:
             why = [f"<code>{escape(r.code)}</code> {escape(r.text)}" for r in verdict.refusals]

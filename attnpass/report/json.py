@@ -43,6 +43,7 @@ def _site(site: Decision) -> dict[str, Any]:
         "spec": _spec(site.spec),
         "replaced": site.replaced,
         "kernel": site.kernel,
+        "asked": list(site.asked),
         "reason": None if site.reason is None else _reason(site.reason),
         "verdicts": [_verdict(verdict) for verdict in site.verdicts],
         "assumptions": list(site.assumptions),
@@ -85,6 +86,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
         "kernel": verdict.kernel,
         "refusals": [_reason(refusal) for refusal in verdict.refusals],
         "cost_us": _finite(verdict.cost_us),
+        "timed": verdict.timed,
     }
 
 
@@ -99,13 +101,14 @@ def _spec(spec: AttentionSpec) -> dict[str, Any]:
         "groups": spec.groups,
         "softmax_dtype": spec.softmax_dtype,
         "dropout": _number_or_text(spec.dropout),
-        "softcap": _finite(spec.softcap),
+        "softcap": spec.softcap if isinstance(spec.softcap, str) else _finite(spec.softcap),
         "sink": spec.sink,
         "bias": [_bias(bias) for bias in spec.bias],
         "mask": _mask(spec.mask),
         "empty_rows": spec.empty_rows.value,
         "grad": spec.grad,
         "inference": spec.inference,
+        "deterministic": spec.deterministic,
         "weights_used": spec.weights_used,
     }
 
@@ -121,6 +124,7 @@ def _mask(mask: MaskSpec) -> dict[str, Any]:
         "prefix": mask.prefix,
         "chunk": mask.chunk,
         "document": mask.document,
+        "limited": mask.limited,
         "key_padding": mask.key_padding,
         "dense": mask.dense,
     }

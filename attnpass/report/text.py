@@ -76,6 +76,7 @@ def _sites(title: str, groups: Sequence[Group[Decision]], width: int) -> Iterato
     for row, group in zip(_table([_site_row(group) for group in groups], width), groups, strict=True):
         yield from row
         yield from _why_kept(group.first, width)
+        yield from _unmet(group.first, width)
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,19 @@ def _why_kept(site: Decision, width: int) -> Iterator[Line]:
         return
     yield from _wrapped(site.reason.text, width)
     for verdict in site.verdicts:
+        if verdict.absent or verdict.kernel in site.asked:
+            continue  # what is not installed has nothing to do with this site; the others have a line of their own
         unsaid = [refusal.text for refusal in verdict.refusals if refusal.text not in site.reason.text]
         if unsaid and site.reason.code == "no_kernel":
             yield from _wrapped(f"{verdict.kernel}: {'; '.join(unsaid)}", width, style="dim")
+
+
+def _unmet(site: Decision, width: int) -> Iterator[Line]:
+    """Why a kernel that was asked for was not taken."""
+    said = "" if site.reason is None else site.reason.text
+    for text in words.unmet(site):
+        if text not in said:
+            yield from _wrapped(f"asked for {text}", width, style="yellow")
 
 
 def _misses(groups: Sequence[Group[Miss]], width: int) -> Iterator[Line]:

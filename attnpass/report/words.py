@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 
-from attnpass.ledger import Report, Saves, Where
+from attnpass.ledger import Decision, Report, Saves, Where
 from attnpass.spec import AttentionSpec, EmptyRow, MaskSpec, Size
 
 EMPTY_ROWS = {
@@ -48,6 +48,8 @@ def mask(spec: MaskSpec) -> str:
         words.append(f"chunks of {spec.chunk}")
     if spec.document:
         words.append("documents")
+    if spec.limited:
+        words.append("limits that are data")
     if spec.key_padding:
         words.append("key padding")
     if spec.dense:
@@ -67,7 +69,7 @@ def extras(spec: AttentionSpec) -> list[str]:
         if bias.grad:
             words[-1] += " trained"
     if spec.softcap is not None:
-        words.append(f"softcap {spec.softcap:g}")
+        words.append(f"softcap {softcap(spec.softcap)}")
     if spec.sink:
         words.append("sinks")
     if spec.dropout != 0:
@@ -75,6 +77,10 @@ def extras(spec: AttentionSpec) -> list[str]:
     if not usual_scale(spec):
         words.append(f"scale {scale(spec)}")
     return words
+
+
+def softcap(cap: float | str) -> str:
+    return cap if isinstance(cap, str) else f"{cap:g}"
 
 
 def usual_scale(spec: AttentionSpec) -> bool:
@@ -131,6 +137,20 @@ def saved(report: Report) -> str:
     """What all replaced sites together are known to save."""
     parts = [site.saves for site in report.sites if site.replaced]
     return savings(Saves(bytes=sum(part.bytes or 0 for part in parts), us=sum(part.us or 0.0 for part in parts)))
+
+
+def unmet(site: Decision) -> list[str]:
+    """Each kernel that was asked for and could not serve, with why; only of those that come before the one taken."""
+    verdicts = {verdict.kernel: verdict for verdict in site.verdicts}
+    texts = []
+    for name in site.asked:
+        if name == site.kernel:
+            break
+        verdict = verdicts.get(name)
+        if verdict is not None and not verdict.accepts:
+            absent = [refusal for refusal in verdict.refusals if refusal.code == "unavailable"]
+            texts.append(f"{name}: {', '.join(refusal.text for refusal in absent or verdict.refusals)}")
+    return texts
 
 
 def counted(n: int, noun: str, plural: str | None = None) -> str:
