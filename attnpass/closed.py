@@ -64,6 +64,9 @@ def obstacles(proved: Proved, kernel: Kernel) -> Iterator[Reason]:
             or not isinstance(site.spec.q[1], int)
         ):
             yield reason("no_form", detail="a bias that is not ALiBi over the keys behind the query")
+        if proof.biases and site.sink is not None:
+            # slopes say by how much a bias grows with each key; what it is at the first of them, a sink sees
+            yield reason("no_form", detail="a bias beside a sink")
     unanswered = site.rows is not EmptyRow.IMPOSSIBLE and site.sink is None
     if unanswered and not kernel.gives_lse(site.spec):
         yield reason("empty_rows", detail="0")
@@ -97,8 +100,9 @@ def _bounds(proved: Proved) -> _Bounds | str:
             return _Bounds()
         return _Bounds(right=0) if site.spec.queries == site.spec.keys else "a diagonal that starts at the first key"
     structure, frame = proof.structure, proof.frame
-    if structure.prefix is not None or structure.chunk is not None or structure.documents or structure.residual != TRUE:
-        return "a prefix, chunks, documents or a mask without proved structure"
+    numberless = structure.documents or structure.limits or structure.residual != TRUE
+    if structure.prefix is not None or structure.chunk is not None or numberless:
+        return "a prefix, chunks, documents, limits that are data or a mask without proved structure"
     ahead = frame.keys - frame.queries
     sides: list[int | None] = []
     for bound in (

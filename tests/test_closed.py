@@ -147,8 +147,11 @@ def held_to_float64(module: nn.Module, given: tuple[Tensor, ...], said: Said, *,
         return complaints(mine, run(module, given, grad=grad), truth(module, given, grad=grad))
 
 
-SAID = ("cap_alone", "causal", "window", "sink")
-UNSAID = ("prefix", "chunks", "documents", "padded", "padded_and_capped", "padded_by_infinity", "dense_mask")
+SAID = ("cap_alone", "causal", "window", "sink", "sink_by_lse")
+UNSAID = (
+    "prefix", "chunks", "documents", "limits", "padded", "padded_and_capped", "padded_by_infinity", "dense_mask",
+    "sink_and_slopes",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])

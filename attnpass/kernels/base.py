@@ -71,7 +71,7 @@ class Kernel(ABC):
             yield reason("device", device=spec.device)
         if spec.dtype not in can.dtypes:
             yield reason("dtype", dtype=spec.dtype)
-        for width in (spec.qk_width, spec.v_width):
+        for width in dict.fromkeys((spec.qk_width, spec.v_width)):
             if not isinstance(width, int):
                 if can.max_width is not None or can.width_multiple > 1:
                     yield reason("head_width", detail=f"{width}, a symbolic size")
@@ -89,7 +89,9 @@ class Kernel(ABC):
         if any(bias.grad for bias in spec.bias) and not can.bias_gradient:
             yield reason("bias_gradient")
         if spec.softcap is not None and not can.softcap:
-            yield reason("softcap")
+            yield reason("softcap", detail="")
+        elif isinstance(spec.softcap, str) and self.takes != "functions":
+            yield reason("softcap", detail="that is no known number")
         if spec.sink and not can.sink:
             yield reason("sink")
         if isinstance(spec.dropout, str):
@@ -137,6 +139,7 @@ def _beyond(spec: AttentionSpec, can: Capabilities) -> Iterator[Reason]:
             ("a prefix", mask.prefix is not None),
             ("chunks", mask.chunk is not None),
             ("documents", mask.document),
+            ("limits that are data", mask.limited),
             ("a mask without proved structure", mask.dense),
             ("a window", mask.window is not None and not can.window),
             ("padded keys", mask.key_padding and not can.key_padding),

@@ -27,6 +27,7 @@ from attnpass.cost import rated_us
 from attnpass.errors import first_line
 from attnpass.graph import Builder, value
 from attnpass.kernels.base import Capabilities, Kernel
+from attnpass.kernels.operands import length
 from attnpass.kernels.ops import apart
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call, Functions
@@ -87,7 +88,7 @@ class Flex(Kernel):
                     yield reason("head_width", detail=f"{width} in {spec.dtype} on CUDA")
             mask = spec.mask
             symbolic = isinstance(spec.queries, str) or isinstance(spec.keys, str) or isinstance(spec.q[0], str)
-            if symbolic and (mask.key_padding or mask.document or mask.dense):
+            if symbolic and (mask.key_padding or mask.document or mask.limited or mask.dense):
                 yield reason("kernel_bug", detail="NaN with symbolic sizes and a mask that reads data (pytorch#186775)")
             if spec.device == "cuda" and not _triton():
                 yield reason("unavailable", detail="Triton is not installed, or does not know this GPU")
@@ -126,11 +127,15 @@ def _call(b: Builder, call: Call, *, lse: bool) -> Node:
     assert functions is not None
     with torch.set_grad_enabled(b.state.grad):  # decides whether a backward is prepared for
         options = _apply_kernel_options(value(call.q), value(call.k), value(call.v), lse or call.spec.grad, None)
+    q, k, v = call.q, call.k, call.v
+    if call.spec.device == "cpu":
+        # inductor's template reads the shape of the memory that these are views of (torch 2.13)
+        q, k, v = (b.call(apart(), node) for node in (q, k, v))
     return b.call(
         torch.ops.higher_order.flex_attention,
-        call.q,
-        call.k,
-        call.v,
+        q,
+        k,
+        v,
         functions.score,
         _blocks(b, call, functions),
         call.scale,
@@ -162,7 +167,7 @@ def _blocks(b: Builder, call: Call, functions: Functions) -> tuple[Any, ...]:
         mask_mod=_stands_for_keep,
         **{name: None if node is None else value(node) for name, node in pairs.items()},  # type: ignore[arg-type]
     )
-    lengths = {-1: _length(b, call.q), -2: _length(b, call.k)}
+    lengths = {-1: length(b, call.q), -2: length(b, call.k)}
 
     def node(entry: Any) -> Any:
         if entry is _stands_for_keep:
@@ -176,8 +181,3 @@ def _blocks(b: Builder, call: Call, functions: Functions) -> tuple[Any, ...]:
 
 def _stands_for_keep(*index: torch.Tensor) -> torch.Tensor:
     raise NotImplementedError
-
-
-def _length(b: Builder, node: Node) -> int | Node:
-    size = value(node).shape[2]
-    return size if isinstance(size, int) else b.call(aten.sym_size.int, node, 2)
