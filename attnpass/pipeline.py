@@ -12,21 +12,24 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import traceback
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch.fx import Graph, Node
 
+from attnpass.autotune import fastest_first
 from attnpass.choose import Choice, choose
+from attnpass.cost import rated_us, unfused_us
 from attnpass.emit import build
 from attnpass.errors import Refuse, first_line
 from attnpass.graph import Shared, State, tensor, where
 from attnpass.kernels import Kernel
-from attnpass.ledger import Decision, Failure, Miss, Saves
+from attnpass.ledger import Decision, Failure, Miss, Saves, Verdict
+from attnpass.names import NATIVE
 from attnpass.policy import Policy
 from attnpass.prove import WAIVED, Proved, prove, waive
-from attnpass.reasons import reason
+from attnpass.reasons import Reason, reason
 from attnpass.recognize import Finding, Lost, find
 from attnpass.recognize.purity import Effects
 from attnpass.site import Site
@@ -96,6 +99,9 @@ def run(
             stage = "choose"
             fuel = None if policy.fuel is None else policy.fuel - sum(d.replaced for d in decisions)
             choice = choose(proved, policy, fuel, compiled=compiled)
+            if policy.autotune:
+                stage = "autotune"
+                choice = fastest_first(graph, proved, choice, policy, compiled=compiled)
             stage = "rewrite"
             decision, moved = _carry_out(graph, proved, choice, shared, f"{name}.s{i}", name)
             decisions.append(decision)
@@ -139,6 +145,7 @@ def _carry_out(
         spec=site.spec,
         replaced=False,
         reason=choice.reason,
+        asked=choice.asked,
         verdicts=choice.verdicts,
         proofs=proved.steps,
     )
@@ -151,8 +158,19 @@ def _carry_out(
             failed = reason("failed", detail=first_line(error))
         else:
             return _done(decision, site, kernel), moved
-        decision = dataclasses.replace(decision, reason=decision.reason or failed)  # the next best may do
+        # the next best may do
+        decision = dataclasses.replace(
+            decision, reason=decision.reason or failed, verdicts=_refused(decision.verdicts, kernel, failed)
+        )
     return decision, []
+
+
+def _refused(verdicts: tuple[Verdict, ...], kernel: Kernel, why: Reason) -> tuple[Verdict, ...]:
+    """A kernel that had accepted, but whose call could not be written."""
+    return tuple(
+        dataclasses.replace(v, refusals=(*v.refusals, why), cost_us=None) if v.kernel == kernel.name else v
+        for v in verdicts
+    )
 
 
 def _replaced(graph: Graph, proved: Proved, kernel: Kernel, shared: Shared) -> list[tuple[Node, Node]]:
@@ -174,8 +192,15 @@ def _done(decision: Decision, site: Site, kernel: Kernel) -> Decision:
         kernel=kernel.name,
         # what the user has waived himself is no assumption that strict would refuse, but it has to be said
         assumptions=(*site.assumptions, *((WAIVED,) if site.waived else ())),
-        saves=Saves(bytes=_saved(site)),
+        saves=Saves(bytes=_saved(site), us=_saved_us(site, decision.verdicts, kernel)),
     )
+
+
+def _saved_us(site: Site, verdicts: Sequence[Verdict], kernel: Kernel) -> float | None:
+    """Microseconds that one forward call is expected to save."""
+    now = rated_us(site.spec, NATIVE) if site.existing_call else unfused_us(site.spec)
+    cost = next((v.cost_us for v in verdicts if v.kernel == kernel.name and not v.timed), None)
+    return None if now is None or cost is None else now - cost
 
 
 def _saved(site: Site) -> int | None:

@@ -1,6 +1,6 @@
 """Unmodified models on a GPU: eager attention through inductor, through attnpass, and what the library ships (sdpa).
 
-    python -m benchmarks.gpu [--only NAME ...] [--train] [--json FILE]
+    python -m benchmarks.gpu [--only NAME ...] [--train] [--by-hand] [--json FILE]
 
 Times are medians of CUDA events around one forward call in bfloat16 (with --train: forward and backward), memory is the
 peak above what the model itself holds, errors are relative to the same model in float32. All forms of a model are
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 
-Inputs = dict[str, torch.Tensor]
-WARM, TIMED = 4, 15
+from attnpass.errors import first_line
+from benchmarks.models import Inputs, Model, decoder, right_padded, tokens
+from benchmarks.timing import median_ms, peak_mib
 
 
 @dataclass(frozen=True)
@@ -32,168 +33,113 @@ class Row:
     attention: str
     compiler: str
     train: bool
-    ms: float
-    mib: float
-    error: float
-    replaced: str
+    ms: float | None = None
+    mib: float | None = None
+    error: float | None = None
+    note: str = ""
 
 
-def tokens(batch: int, length: int) -> torch.Tensor:
-    return torch.randint(0, 900, (batch, length), device="cuda")
-
-
-def right_padded(batch: int, length: int) -> torch.Tensor:
-    """An attention mask whose rows end at different places; the first is full."""
-    mask = torch.ones(batch, length, dtype=torch.long, device="cuda")
-    for row in range(1, batch):
-        mask[row, length - (row * 37) % (length // 2) :] = 0
-    return mask
-
-
-def llama(attention: str) -> nn.Module:
-    from transformers import AutoModel, LlamaConfig
-
-    config = LlamaConfig(
-        vocab_size=1000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=4,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        use_cache=False,
-    )
-    return AutoModel.from_config(config, attn_implementation=attention)
-
-
-def mistral(attention: str) -> nn.Module:
-    from transformers import AutoModel, MistralConfig
-
-    config = MistralConfig(
-        vocab_size=1000,
-        hidden_size=2048,
-        intermediate_size=5632,
-        num_hidden_layers=4,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        sliding_window=1024,
-        use_cache=False,
-    )
-    return AutoModel.from_config(config, attn_implementation=attention)
-
-
-def gemma2(attention: str) -> nn.Module:
-    from transformers import AutoModel, Gemma2Config
-
-    config = Gemma2Config(
-        vocab_size=1000,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=256,
-        sliding_window=1024,
-        use_cache=False,
-    )
-    return AutoModel.from_config(config, attn_implementation=attention)
-
-
-def bert(attention: str) -> nn.Module:
-    from transformers import AutoModel, BertConfig
-
-    config = BertConfig(
-        vocab_size=1000, hidden_size=1024, intermediate_size=4096, num_hidden_layers=4, num_attention_heads=16
-    )
-    return AutoModel.from_config(config, attn_implementation=attention)
-
-
-def gpt2(attention: str) -> nn.Module:
-    from transformers import AutoModel, GPT2Config
-
-    config = GPT2Config(vocab_size=1000, n_embd=1024, n_layer=4, n_head=16, n_positions=1024, use_cache=False)
-    return AutoModel.from_config(config, attn_implementation=attention)
-
-
-def t5(attention: str) -> nn.Module:
-    from transformers import T5Config, T5EncoderModel
-
-    config = T5Config(vocab_size=1000, d_model=768, d_kv=64, d_ff=2048, num_layers=4, num_heads=12)
-    return T5EncoderModel._from_config(config, attn_implementation=attention)
-
-
-MODELS: dict[str, tuple[Callable[[str], nn.Module], Callable[[], Inputs]]] = {
-    "llama_prefill4k": (llama, lambda: {"input_ids": tokens(2, 4096)}),
-    "llama_padded": (llama, lambda: {"input_ids": tokens(4, 2048), "attention_mask": right_padded(4, 2048)}),
-    "mistral_sw_8k": (mistral, lambda: {"input_ids": tokens(1, 8192)}),
-    "gemma2_4k": (gemma2, lambda: {"input_ids": tokens(2, 4096)}),
-    "bert_large_512_pad": (bert, lambda: {"input_ids": tokens(32, 512), "attention_mask": right_padded(32, 512)}),
-    "gpt2_1k": (gpt2, lambda: {"input_ids": tokens(8, 1024)}),
-    "t5_512": (t5, lambda: {"input_ids": tokens(16, 512)}),
+LLAMA = decoder(2048, 5632, 32, 8)
+BERT = {"vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4}
+MODELS = {
+    "llama_prefill4k": Model("LlamaConfig", LLAMA, lambda: {"input_ids": tokens(2, 4096)}),
+    "llama_padded": Model(
+        "LlamaConfig", LLAMA, lambda: {"input_ids": tokens(4, 2048), "attention_mask": right_padded(4, 2048)}
+    ),
+    "mistral_sw_8k": Model(
+        "MistralConfig",
+        decoder(2048, 5632, 16, 8, head_dim=128, sliding_window=1024),
+        lambda: {"input_ids": tokens(1, 8192)},
+    ),
+    "gemma2_4k": Model(
+        "Gemma2Config",
+        decoder(2048, 8192, 8, 4, head_dim=256, sliding_window=1024),
+        lambda: {"input_ids": tokens(2, 4096)},
+    ),
+    "bert_large_512_pad": Model(
+        "BertConfig",
+        {**BERT, "num_attention_heads": 16},
+        lambda: {"input_ids": tokens(32, 512), "attention_mask": right_padded(32, 512)},
+    ),
+    "vit_l_384": Model(
+        "ViTConfig",
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 16,
+            "image_size": 384,
+        },
+        lambda: {"pixel_values": torch.randn(32, 3, 384, 384)},
+    ),
+    "gpt2_1k": Model(
+        "GPT2Config",
+        {"vocab_size": 1000, "n_embd": 1024, "n_layer": 4, "n_head": 16, "n_positions": 1024, "use_cache": False},
+        lambda: {"input_ids": tokens(8, 1024)},
+    ),
+    "t5_512": Model(
+        "T5Config",
+        {"vocab_size": 1000, "d_model": 768, "d_kv": 64, "d_ff": 2048, "num_layers": 4, "num_heads": 12},
+        lambda: {"input_ids": tokens(16, 512)},
+        cls="T5EncoderModel",
+    ),
 }
 FORMS = (("eager", "inductor"), ("eager", "attnpass"), ("sdpa", "inductor"), ("sdpa", "attnpass"))
+BY_HAND = (("flash_attention_2", "inductor"), ("flex_attention", "inductor"))
 
 
-def measured(call: Callable[[], Any]) -> tuple[float, float]:
-    """Median milliseconds and peak MiB of a call."""
-    for _ in range(WARM):
-        call()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    times: list[float] = []
-    for _ in range(TIMED):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[len(times) // 2], (torch.cuda.max_memory_allocated() - before) / 2**20
+def rows(name: str, forms: Sequence[tuple[str, str]], *, train: bool) -> Iterator[Row]:
+    """The forms of one model."""
+    torch.manual_seed(0)
+    inputs = {key: x.cuda() for key, x in MODELS[name].inputs().items()}
+    true = _run(_model(name, "eager"), inputs, train=False)
+    for attention, compiler in forms:
+        try:
+            yield _row(name, attention, compiler, inputs, true, train=train)
+        except Exception as failure:  # not every model has every integration
+            yield Row(name, attention, compiler, train, note=f"{type(failure).__name__}: {first_line(failure)[:100]}")
 
 
-def rows(name: str, *, train: bool) -> list[Row]:
-    """All forms of one model."""
+def _row(name: str, attention: str, compiler: str, inputs: Inputs, true: torch.Tensor, *, train: bool) -> Row:
     import attnpass
     from attnpass.capture.dynamo import backend
 
-    build, make_inputs = MODELS[name]
-    inputs = make_inputs()
-    out: list[Row] = []
-    true: torch.Tensor | None = None
-    for attention, compiler in FORMS:
-        torch.manual_seed(1)
-        torch._dynamo.reset()
-        attnpass.reset()
-        model = build(attention).cuda().eval()
-        if true is None:
-            with torch.no_grad():
-                true = model(**inputs).last_hidden_state
-        for parameter in model.parameters():  # rotary frequencies stay what a loaded model has: float32
-            parameter.data = parameter.data.bfloat16()
-        compiled = torch.compile(model, backend=backend if compiler == "attnpass" else "inductor")
+    torch._dynamo.reset()
+    attnpass.reset()
+    model = _model(name, attention)
+    for parameter in model.parameters():  # rotary frequencies stay what a loaded model has: float32
+        parameter.data = parameter.data.bfloat16()
+    compiled = torch.compile(model, backend=backend if compiler == "attnpass" else "inductor")
+    out = _run(compiled, inputs, train=train)
+    error = ((out.float() - true).norm() / true.norm()).item()
+    del out
+    ms = median_ms(lambda: _run(compiled, inputs, train=train))
+    mib = peak_mib(lambda: _run(compiled, inputs, train=train))
+    report = attnpass.report()
+    kernels = sorted({site.kernel for site in report.sites if site.kernel})
+    note = f"{report.replaced} replaced by {', '.join(kernels)}" if compiler == "attnpass" else ""
+    return Row(name, attention, compiler, train, ms, mib, error, note)
 
-        def step(model: nn.Module = model, compiled: Any = compiled) -> torch.Tensor:
-            with torch.set_grad_enabled(train):
-                result: torch.Tensor = compiled(**inputs).last_hidden_state
-                if train:
-                    model.zero_grad()
-                    result.square().mean().backward()
-            return result.detach().float()
 
-        error = ((step() - true).norm() / true.norm()).item()
-        ms, mib = measured(step)
-        report = attnpass.report()
-        kernels = sorted({site.kernel for site in report.sites if site.kernel})
-        replaced = f"{report.replaced} replaced by {', '.join(kernels)}" if compiler == "attnpass" else ""
-        out.append(Row(name, attention, compiler, train, ms, mib, error, replaced))
-    return out
+def _model(name: str, attention: str) -> nn.Module:
+    torch.manual_seed(1)
+    return MODELS[name].build(attention).cuda().eval()
+
+
+def _run(model: Any, inputs: Inputs, *, train: bool) -> torch.Tensor:
+    with torch.set_grad_enabled(train):
+        result: torch.Tensor = model(**inputs).last_hidden_state
+        if train:
+            model.zero_grad()
+            result.square().mean().backward()
+    return result.detach()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", action="append", choices=sorted(MODELS), help="only this model (may be repeated)")
     parser.add_argument("--train", action="store_true", help="a forward and a backward pass")
+    parser.add_argument("--by-hand", action="store_true", help="the library's other integrations as well")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     if not torch.cuda.is_available():
@@ -202,15 +148,12 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     found: list[Row] = []
     for name in asked.only or MODELS:
-        for row in rows(name, train=asked.train):
+        for row in rows(name, FORMS + (BY_HAND if asked.by_hand else ()), train=asked.train):
             found.append(row)
-            print(
-                f"{row.model:20} {row.attention:6} {row.compiler:9} {row.ms:7.2f} ms {row.mib:6.0f} MiB "
-                f"error {row.error:.1e}  {row.replaced}",
-                flush=True,
-            )
-    if asked.json:
-        asked.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
+            figures = "" if row.ms is None else f"{row.ms:7.2f} ms {row.mib:6.0f} MiB error {row.error:.1e}"
+            print(f"{row.model:20} {row.attention:18} {row.compiler:9} {figures}  {row.note}", flush=True)
+            if asked.json:  # after each row: what was measured survives a limit of time
+                asked.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
 
 
 if __name__ == "__main__":

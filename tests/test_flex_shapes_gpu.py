@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import attnpass
+from attnpass import choose
+from attnpass.capture.dynamo import backend
+from attnpass.kernels.flex import Flex
+from attnpass.kernels.native import Native
 from tests.flex_cases import CASES, Attention, Case, inputs
 from tests.models import torchvision_stub
 from tests.test_flex import Flexed, SelfAttention, tiny
@@ -26,7 +30,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:TensorFloat32 
 
 
 @pytest.fixture(autouse=True)
-def _fresh(fresh_dynamo: None) -> Iterator[None]:
+def _fresh(fresh_dynamo: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(choose, "kernels", lambda: (Native(), Flex()))  # whatever else is installed
     attnpass.reset()
     yield
     attnpass.reset()
@@ -40,14 +45,16 @@ def on_cpu(found: Run) -> Run:
     return Run({name: x.cpu() for name, x in found.tensors.items()})
 
 
-def compared(module: nn.Module, given: tuple[Tensor, ...], *, grad: bool, call: Any = None) -> list[str]:
+def compared(
+    module: nn.Module, given: tuple[Tensor, ...], *, grad: bool, call: Any = None, floors: Any = FLOORS
+) -> list[str]:
     """What is wrong with the compiled module beside eager code on the same device."""
     here = copy.deepcopy(module).cuda()
     there = on_cuda(given)
     with torch.set_grad_enabled(grad):
         eager = on_cpu(run(copy.deepcopy(here), there, grad=grad))
         mine = on_cpu(run(here, there, call=call, grad=grad))
-        return complaints(mine, eager, truth(module, given, grad=grad), floors=FLOORS)
+        return complaints(mine, eager, truth(module, given, grad=grad), floors=floors)
 
 
 def chosen(*names: str) -> list[Case]:
@@ -108,12 +115,10 @@ def test_under_autocast() -> None:
             with torch.autocast("cuda", dtype=torch.bfloat16):
                 return super().forward(*given)
 
-    module, given = Autocast(*chosen("window", "padded")).cuda(), on_cuda(inputs(300, 64))
+    module = Autocast(*chosen("window", "padded"))
     found = Flexed(module, inner="inductor")
-    with torch.no_grad():
-        for mine, plain in zip(found(*given), module(*given), strict=True):
-            assert mine.dtype == plain.dtype
-            torch.testing.assert_close(mine, plain, rtol=2e-2, atol=2e-2)
+    # eager code rounds its scores to bfloat16, a kernel does not: both are held to float64
+    assert not compared(module, inputs(300, 64), grad=False, call=found, floors={**FLOORS, torch.bfloat16: 1.0})
     assert found.kernels == ["flex", "flex"]
 
 
@@ -121,7 +126,7 @@ def test_the_scores_are_not_in_memory() -> None:
     """One tensor of scores would take 2 x 16 x 8192 x 8192 x 2 bytes: 4 GiB."""
     module = Attention(*chosen("window")).cuda()
     given = on_cuda(inputs(8192, 64, heads=16, kv_heads=4, dtype=torch.bfloat16)[:3])
-    fast = torch.compile(module, backend="attnpass")
+    fast = torch.compile(module, backend=backend)
     with torch.no_grad():
         fast(*given)
         torch.cuda.synchronize()
@@ -149,7 +154,7 @@ def test_a_training_step_of_a_model(name: str) -> None:
     pytest.importorskip("transformers")
     model = tiny(name).cuda()
     ids = torch.randint(1, 99, (2, 150)).cuda()
-    fast = torch.compile(model, backend="attnpass")
+    fast = torch.compile(model, backend=backend)
     grads = []
     for call in (model, fast):
         model.zero_grad()

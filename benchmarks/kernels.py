@@ -1,0 +1,215 @@
+"""Every kernel that can run here, through the pass: TFLOP/s and error of attention alone, by form of mask and width.
+
+    python -m benchmarks.kernels [--only KERNEL ...] [--json FILE] [--write]
+
+The attention is hand-written code, compiled with the pass and one kernel asked for; what the kernel refuses is a line
+with the reason. Times are medians of CUDA events, operations are counted on the scores that the mask keeps, errors are
+relative to float64 and of one head. `--write` puts the rates into attnpass/rates.json, from which the pass chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnpass.errors import first_line
+from benchmarks.timing import median_ms
+
+WINDOW = 1024
+SHAPES = ((4, 32, 4096, 128), (1, 16, 16384, 64), (2, 8, 4096, 256))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel, one shape, one form of mask."""
+
+    kernel: str
+    version: str
+    form: str
+    shape: tuple[int, ...]
+    ms: float | None
+    tflops: float | None
+    error: float | None
+    note: str = ""
+
+
+def distance(x: Tensor) -> Tensor:
+    """How far each key lies behind the query."""
+    at = torch.arange(x.shape[-1], device=x.device)
+    return at[:, None] - at[None]
+
+
+def causal(x: Tensor, pad: Tensor) -> Tensor:
+    return distance(x) >= 0
+
+
+def window(x: Tensor, pad: Tensor) -> Tensor:
+    return (distance(x) >= 0) & (distance(x) < WINDOW)
+
+
+def keys(x: Tensor, pad: Tensor) -> Tensor:
+    return pad[:, None, None, :]
+
+
+MASKS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+    "full": None,
+    "causal": causal,
+    "window": window,
+    "keys": keys,
+    "tensor": lambda x, pad: pad[:, None, None, :] & pad[:, None, :, None],
+}
+
+
+class Attention(nn.Module):
+    """Hand-written attention with one form of mask."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.mask = MASKS[form]
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        x = q @ k.mT / math.sqrt(q.shape[-1])
+        if self.mask is not None:
+            x = x.masked_fill(~self.mask(x, pad), torch.finfo(x.dtype).min)
+        return x.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+
+
+def kept(form: str, length: int) -> float:
+    """The share of the scores that a form keeps; padding is counted as if nothing were padded."""
+    if form == "causal":
+        return (length + 1) / (2 * length)
+    if form == "window":
+        return sum(min(i + 1, WINDOW) for i in range(length)) / length**2
+    return 1.0
+
+
+def measured(kernel: Any, form: str, shape: tuple[int, ...]) -> Row:
+    """One row."""
+    import attnpass
+    from attnpass.capture.dynamo import backend
+
+    batch, heads, length, width = shape
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    pad = torch.ones(batch, length, dtype=torch.bool, device="cuda")
+    torch._dynamo.reset()
+    attnpass.reset()
+    options = {"kernel": [kernel.name, "keep"], "allow_approximate": True}
+    if kernel.takes != "functions":
+        options["inner"] = "aot_eager"  # nothing is left to fuse
+    attention = Attention(form)
+    run = torch.compile(attention, backend=backend, options=options)
+    head = tuple(t[:1, :1].double() for t in (q, k, v))
+    row = Row(kernel.name, kernel.version(), form, shape, None, None, None)
+    try:
+        with torch.no_grad():
+            out = run(q, k, v, pad)
+            (site,) = attnpass.report().sites
+            if site.kernel != kernel.name:
+                verdict = next(v for v in site.verdicts if v.kernel == kernel.name)
+                texts = "; ".join(r.text for r in verdict.refusals) or (site.reason.text if site.reason else "")
+                return replace(row, note=texts)
+            true = attention(*head, pad[:1])
+            error = ((out[:1, :1].double() - true).norm() / true.norm()).item()
+            ms = median_ms(lambda: run(q, k, v, pad))
+    except Exception as failure:  # a kernel that fails is a result too
+        return replace(row, note=f"failed: {type(failure).__name__}: {first_line(failure)[:160]}")
+    operations = 4 * batch * heads * length**2 * width * kept(form, length)
+    return replace(row, ms=ms, tflops=operations / ms / 1e9, error=error)
+
+
+def rows(only: list[str] | None) -> Iterator[Row]:
+    """All of them."""
+    from attnpass.kernels import kernels
+
+    for kernel in kernels():
+        if "cuda" not in kernel.can.devices or (only and kernel.name not in only):
+            continue
+        missing = kernel.available()
+        if missing is not None:
+            yield Row(kernel.name, "", "", (), None, None, None, missing.text)
+            continue
+        for shape in SHAPES:
+            for form in MASKS:
+                yield measured(kernel, form, shape)
+
+
+def bandwidth() -> float:
+    """Bytes per microsecond of a large copy."""
+    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    return 2 * x.numel() / (median_ms(lambda: y.copy_(x)) * 1e3)
+
+
+def products() -> float:
+    """TFLOP/s of the products of one attention, whose results lie in memory."""
+    q, k = (torch.randn(128, 4096, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * 128 * 4096**2 * 128 / median_ms(lambda: q @ k.mT) / 1e9
+
+
+def table(found: list[Row], old: dict[str, Any]) -> dict[str, Any]:
+    """rates.json, with what was measured in place of what was there."""
+    masks = {"tensor": "tensor", "functions": "blocks", "forms": "bounds"}
+    from attnpass.kernels import kernels
+
+    out = dict(old["kernels"])
+    for kernel in kernels():
+        tflops: dict[str, dict[str, float]] = {}
+        for row in found:
+            if row.kernel == kernel.name and row.tflops is not None:
+                tflops.setdefault(row.form, {})[str(row.shape[-1])] = round(row.tflops)
+        if tflops:
+            out[kernel.name] = {"masks": masks[kernel.takes], "tflops": tflops}
+    day = datetime.datetime.now(tz=datetime.UTC).date()
+    return {
+        "device": torch.cuda.get_device_name(),
+        "measured": f"{day}, torch {torch.__version__}, bfloat16",
+        "bytes_per_us": round(bandwidth()),
+        "products_tflops": round(products()),
+        "kernels": dict(sorted(out.items())),
+    }
+
+
+def text(rates: dict[str, Any]) -> str:
+    """One line for each kernel."""
+    head = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in rates.items() if k != "kernels")
+    lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in rates["kernels"].items())
+    return f'{{\n{head},\n  "kernels": {{\n{lines}\n  }}\n}}\n'
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--only", action="append", metavar="KERNEL", help="only this kernel (may be repeated)")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--write", type=Path, nargs="?", const="", help="the rates, into attnpass/rates.json or FILE")
+    asked = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs a CUDA device")
+    warnings.filterwarnings("ignore")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    found: list[Row] = []
+    for row in rows(asked.only):
+        found.append(row)
+        speed = f"{row.ms:8.3f} ms {row.tflops:5.0f} TFLOP/s error {row.error:.1e}" if row.ms is not None else row.note
+        print(f"{row.kernel:30} {row.form:7} {'x'.join(map(str, row.shape)):16} {speed}", flush=True)
+        if asked.json:  # after each row: what was measured survives a limit of time
+            asked.json.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
+    if asked.write is not None:
+        path = Path(str(resources.files("attnpass").joinpath("rates.json")))
+        rates = text(table(found, json.loads(path.read_text(encoding="utf-8"))))
+        (path if str(asked.write) in ("", ".") else asked.write).write_text(rates, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Timing calls on a GPU."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+WARM, TIMED = 4, 15
+
+
+def median_ms(call: Callable[[], Any]) -> float:
+    """Of CUDA events around one call, after some for warming up."""
+    for _ in range(WARM):
+        call()
+    times: list[float] = []
+    for _ in range(TIMED):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """What one call allocates at most beyond what is there before it."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
