@@ -9,7 +9,7 @@ TORCH ?= $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 PYTEST ?= -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format format-check lint types examples nightly recall compile-time docs wheel clean
+.PHONY: help demo test test-long check format format-check lint types examples nightly recall compile-time docs wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -30,7 +30,10 @@ demo: $(VENV)/.stamp-demo ## make an environment and run `attnpass demo`
 	$(VENV)/bin/attnpass demo
 
 test: $(VENV)/.stamp-dev ## run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" --durations=25 $(PYTEST)
+
+test-long: $(VENV)/.stamp-dev ## run those that `make test` leaves out: slow ones, and many of one kind
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow --durations=25 $(PYTEST)
 
 check: format-check lint types test examples ## format, lint, types, tests, examples
 

@@ -102,7 +102,8 @@ def _by_tensor(spec: AttentionSpec, known: _Kernel) -> float:
         return _time(spec, known, "causal", _kept(spec))
     if spec.mask.empty and not spec.bias:
         return _time(spec, known, "full", 1.0)
-    # a mask over keys alone is read from the cache
+    # A mask over keys alone is read from the cache. Its rate is that of a padded BERT of 512 tokens, where flex was
+    # slower (4.19 ms for four layers, 3.95 so); at 16384 tokens it is 270, and that of flex 330.
     keys_alone = spec.mask == MaskSpec(key_padding=True) and not spec.bias
     return _time(spec, known, "keys" if keys_alone else "tensor", 1.0) + _repairs(spec)
 

@@ -31,6 +31,7 @@ from attnpass.spec import AttentionSpec, BiasSpec, EmptyRow, MaskSpec
 from tests.flex_cases import CASES, INF, Attention, Case, capped, grid, inputs, masked, scores, weighted
 from tests.zoo.numbers import complaints, run, truth
 
+FLEX = attnpass.Policy(kernel="flex")  # by name: whatever it is expected to cost
 HOP = torch.ops.higher_order.flex_attention
 by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -67,9 +68,7 @@ class Flexed:
     def _backend(self, gm: GraphModule, example_inputs: list[Any]) -> Any:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(choose, "kernels", lambda: (Flex(),))
-            done = frames.process(
-                gm, example_inputs, name="graph", policy=attnpass.Policy(), rewrite=True, compiled=True
-            )
+            done = frames.process(gm, example_inputs, name="graph", policy=FLEX, rewrite=True, compiled=True)
         self.graphs.append(gm)
         self.reports.append(done.report)
         return lookup_backend(self.inner)(gm, example_inputs)

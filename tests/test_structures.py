@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 import attnpass
+from attnpass.capture import frames
 from attnpass.capture.dynamo import backend
+from attnpass.kernels.flex import Flex
 from attnpass.spec import EmptyRow, MaskSpec
 from tests.models import torchvision_stub
 
@@ -63,7 +65,11 @@ MODELS = {
     "swin": Model((NOTHING,) * 4, biased=4, sdpa=False, dynamic=False),
 }
 RUNS = [
-    pytest.param(name, how, dynamic, padded, id="-".join((name, how, *["dynamic"] * dynamic, *["padded"] * padded)))
+    pytest.param(
+        *(name, how, dynamic, padded),
+        id="-".join((name, how, *["dynamic"] * dynamic, *["padded"] * padded)),
+        marks=[pytest.mark.slow] * dynamic,  # not one by one, but there are many
+    )
     for name, model in MODELS.items()
     for how in ("eager", *["sdpa"] * model.sdpa)
     for dynamic in (False, *[True] * model.dynamic)
@@ -85,7 +91,9 @@ def with_padding(mask: MaskSpec) -> MaskSpec:
     return replace(mask, key_padding=True)
 
 
-def compiled(name: str, how: str, *, dynamic: bool, padded: bool) -> tuple[list[GraphModule], attnpass.Report]:
+def compiled(
+    name: str, how: str, *, dynamic: bool, padded: bool, **options: Any
+) -> tuple[list[GraphModule], attnpass.Report]:
     """The graphs that the inner backend is given, and the report."""
     from tests.models.transformers_cases import _build
 
@@ -98,7 +106,7 @@ def compiled(name: str, how: str, *, dynamic: bool, padded: bool) -> tuple[list[
         graphs.append(gm)
         return gm.forward
 
-    run = torch.compile(model, backend=backend, dynamic=dynamic or None, options={"inner": inner})
+    run = torch.compile(model, backend=backend, dynamic=dynamic or None, options={"inner": inner, **options})
     with torch.no_grad():
         run(**given)
     return graphs, attnpass.report()
@@ -131,3 +139,19 @@ def test_the_audit_states_the_true_structure(name: str, how: str, dynamic: bool,
             assert site.spec.empty_rows is EmptyRow.IMPOSSIBLE
     if set(wanted) <= {CAUSAL, NOTHING} and not model.biased and not dynamic:
         assert not over_queries_and_keys(graphs, lengths(report))
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "swin"])  # whose masks are buffers of data
+def test_no_tensor_over_queries_and_keys_is_left(name: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every mask as a function, as it is written on CUDA, where heads as narrow as those of these models are fine."""
+    refusals = Flex.refusals
+    monkeypatch.setattr(
+        Flex, "refusals", lambda self, spec: (r for r in refusals(self, spec) if r.code != "kernel_bug")
+    )
+    monkeypatch.setattr(Flex, "gives_lse", lambda self, spec: True)
+    process = frames.process
+    monkeypatch.setattr(frames, "process", lambda *args, **named: process(*args, **{**named, "compiled": True}))
+    graphs, report = compiled(name, "eager", dynamic=False, padded=padded, kernel="flex")
+    assert {site.kernel for site in report.sites} == {"flex"}, str(report)
+    assert not over_queries_and_keys(graphs, lengths(report))

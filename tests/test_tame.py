@@ -358,6 +358,8 @@ def test_through_inductor() -> None:
 
 
 @pytest.mark.slow
+# torch's own tracing of the autograd.Function in Bloom (2.13)
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", ["t5", "mpt", "bloom", "falcon_alibi", "swin"])
 @pytest.mark.usefixtures("as_on_cuda")
 def test_models_with_biases(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

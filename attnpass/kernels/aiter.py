@@ -26,7 +26,7 @@ from torch import Tensor
 
 from attnpass.kernels.base import Capabilities
 from attnpass.kernels.flash_base import FlashKernel
-from attnpass.kernels.flash_ops import Lengths, Plan, Vendor
+from attnpass.kernels.flash_ops import Lengths, Plan, Saved, Vendor
 from attnpass.kernels.late import imported, version_of
 from attnpass.kernels.xformers import may_see_no_key
 from attnpass.reasons import Reason, reason
@@ -45,7 +45,7 @@ def _forward(
         dropout_p=0.0,
         softmax_scale=plan.scale,
         causal=plan.causal,
-        window_size=(*_window(plan), *_further(function)),
+        window_size=(*plan.window, *_further(function)),
         alibi_slopes=slopes,
         deterministic=True,
         return_lse=True,
@@ -53,37 +53,21 @@ def _forward(
     return out, lse, None
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rng: Tensor,
-    slopes: Tensor | None,
-    plan: Plan,
-    lengths: Lengths | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    left, right = _window(plan)
+def _backward(dout: Tensor, saved: Saved, plan: Plan, lengths: Lengths | None) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = saved.unwritten()
     _module("aiter.ops.mha")._flash_attn_backward(
-        *(dout, q, k, v, out, lse, dq, dk, dv),
+        *(dout, saved.q, saved.k, saved.v, saved.out, saved.lse, dq, dk, dv),
         dbias=None,
         dropout_p=0.0,
         softmax_scale=plan.scale,
         causal=plan.causal,
-        window_size_left=left,
-        window_size_right=right,
+        window_size_left=plan.window[0],
+        window_size_right=plan.window[1],
         bias=None,
-        alibi_slopes=slopes,
+        alibi_slopes=saved.slopes,
         deterministic=True,
     )
     return dq, dk, dv
-
-
-def _window(plan: Plan) -> tuple[int, int]:
-    return (-1, -1) if plan.causal else (plan.left, plan.right)
 
 
 def _further(function: Any) -> tuple[int, ...]:
@@ -137,9 +121,8 @@ class Aiter(FlashKernel):
         deterministic=True,
     )
 
-    def available(self) -> Reason | None:
-        missing = _unfit()
-        return None if missing is None else reason("unavailable", detail=missing)
+    def _missing(self) -> str | None:
+        return _unfit()
 
     def version(self) -> str:
         return version_of("amd-aiter")

@@ -27,7 +27,7 @@ from attnpass.errors import Refuse
 from attnpass.graph import Builder, value
 from attnpass.kernels.base import Capabilities
 from attnpass.kernels.flash_base import FlashKernel
-from attnpass.kernels.flash_ops import Lengths, Plan, Vendor
+from attnpass.kernels.flash_ops import Lengths, Plan, Saved, Vendor, by_name
 from attnpass.kernels.late import at_least, imported, unfit_gpu, version_of
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call
@@ -44,32 +44,21 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     target = "_flash_attn_forward" if lengths is None else "_flash_attn_varlen_forward"
     out, lse, _, rng = _function(target)(
-        q, k, v, **_lengths(lengths), **_plan(plan, slopes), causal=plan.causal, return_softmax=False
+        q, k, v, **by_name(lengths), **_plan(plan, slopes), causal=plan.causal, return_softmax=False
     )
     return out, lse, rng
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rng: Tensor,
-    slopes: Tensor | None,
-    plan: Plan,
-    lengths: Lengths | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+def _backward(dout: Tensor, saved: Saved, plan: Plan, lengths: Lengths | None) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = saved.unwritten()
     target = "_flash_attn_backward" if lengths is None else "_flash_attn_varlen_backward"
     _function(target)(
-        *(dout, q, k, v, out, lse, dq, dk, dv),
-        **_lengths(lengths),
-        **_plan(plan, slopes),
+        *(dout, saved.q, saved.k, saved.v, saved.out, saved.lse, dq, dk, dv),
+        **by_name(lengths),
+        **_plan(plan, saved.slopes),
         causal=plan.causal,
         deterministic=plan.deterministic,
-        rng_state=rng,
+        rng_state=saved.rng,
     )
     return dq, dk, dv
 
@@ -78,21 +67,10 @@ def _plan(plan: Plan, slopes: Tensor | None) -> dict[str, Any]:
     return {
         "dropout_p": plan.dropout,
         "softmax_scale": plan.scale,
-        "window_size_left": -1 if plan.causal else plan.left,
-        "window_size_right": -1 if plan.causal else plan.right,
+        "window_size_left": plan.window[0],
+        "window_size_right": plan.window[1],
         "softcap": plan.softcap,
         "alibi_slopes": None if slopes is None else slopes.contiguous(),
-    }
-
-
-def _lengths(lengths: Lengths | None) -> dict[str, Any]:
-    if lengths is None:
-        return {}
-    return {
-        "cu_seqlens_q": lengths.queries,
-        "cu_seqlens_k": lengths.keys,
-        "max_seqlen_q": lengths.most_queries,
-        "max_seqlen_k": lengths.most_keys,
     }
 
 
@@ -133,12 +111,12 @@ class Flash(FlashKernel):
         deterministic=True,
     )
 
-    def available(self) -> Reason | None:
-        missing = unfit_gpu(_GPUS, "compute capability 8.0 or above")
-        if missing is None:
-            found = _interface()
-            missing = found if isinstance(found, str) else _too_old()
-        return None if missing is None else reason("unavailable", detail=missing)
+    def _missing(self) -> str | None:
+        unfit = unfit_gpu(_GPUS, "compute capability 8.0 or above")
+        if unfit is not None:
+            return unfit
+        found = _interface()
+        return found if isinstance(found, str) else _too_old()
 
     def version(self) -> str:
         return version_of("flash-attn")

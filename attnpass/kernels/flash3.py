@@ -29,7 +29,7 @@ from torch import Tensor
 
 from attnpass.kernels.base import Capabilities
 from attnpass.kernels.flash_base import FlashKernel
-from attnpass.kernels.flash_ops import Lengths, Plan, Vendor
+from attnpass.kernels.flash_ops import Lengths, Plan, Saved, Vendor, by_name
 from attnpass.kernels.late import at_least, imported, unfit_gpu, version_of
 from attnpass.reasons import Reason, reason
 from attnpass.spec import AttentionSpec
@@ -58,26 +58,19 @@ def _forward(
     lengths: Lengths | None,
 ) -> tuple[Tensor, Tensor, None]:
     # one split: several are added up in an order of their own
-    out, lse, *_ = ops().fwd(q, k, v, **_lengths(lengths), **_plan(plan), num_splits=1)
+    out, lse, *_ = ops().fwd(q, k, v, **by_name(lengths), **_plan(plan), num_splits=1)
     return out, lse, None
 
 
 def _backward(
-    ops: Callable[[], Any],
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rng: Tensor,
-    slopes: Tensor | None,
-    plan: Plan,
-    lengths: Lengths | None,
+    ops: Callable[[], Any], dout: Tensor, saved: Saved, plan: Plan, lengths: Lengths | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    dq, dk, dv = saved.unwritten()
     ops().bwd(
-        *(dout, q, k, v, out, lse, dq, dk, dv), **_lengths(lengths), **_plan(plan), deterministic=plan.deterministic
+        *(dout, saved.q, saved.k, saved.v, saved.out, saved.lse, dq, dk, dv),
+        **by_name(lengths),
+        **_plan(plan),
+        deterministic=plan.deterministic,
     )
     return dq, dk, dv
 
@@ -86,20 +79,9 @@ def _plan(plan: Plan) -> dict[str, Any]:
     return {
         "softmax_scale": plan.scale,
         "is_causal": plan.causal,
-        "window_size_left": -1 if plan.causal else plan.left,
-        "window_size_right": -1 if plan.causal else plan.right,
+        "window_size_left": plan.window[0],
+        "window_size_right": plan.window[1],
         "softcap": plan.softcap,
-    }
-
-
-def _lengths(lengths: Lengths | None) -> dict[str, Any]:
-    if lengths is None:
-        return {}
-    return {
-        "cu_seqlens_q": lengths.queries,
-        "cu_seqlens_k": lengths.keys,
-        "max_seqlen_q": lengths.most_queries,
-        "max_seqlen_k": lengths.most_keys,
     }
 
 
@@ -177,12 +159,8 @@ class Flash3(FlashKernel):
         deterministic=True,
     )
 
-    def available(self) -> Reason | None:
-        missing = unfit_gpu(_GPUS, _HOPPER) or self._missing()
-        return None if missing is None else reason("unavailable", detail=missing)
-
     def _missing(self) -> str | None:
-        return _library()
+        return unfit_gpu(_GPUS, _HOPPER) or _library()
 
     def version(self) -> str:
         return version_of("flash-attn-3", "flash_attn_3")
@@ -216,10 +194,11 @@ class Flash3Hub(Flash3):
     vendor = _vendor("flash_3_hub", _hub_ops)
 
     def _missing(self) -> str | None:
+        unfit = unfit_gpu(_GPUS, _HOPPER)
         # by what is installed: a module of this name may be anybody's
         version = version_of("kernels")
-        if at_least(version, _HUB_OLDEST):
-            return None
+        if unfit is not None or at_least(version, _HUB_OLDEST):
+            return unfit
         return f"the package kernels is {f'{version}, too old' if version else 'not installed'}: {_HUB_INSTALL}"
 
     def version(self) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from attnpass.kernels.base import Capabilities
 from attnpass.kernels.flash_base import FlashKernel
-from attnpass.kernels.flash_ops import Lengths, Plan, Vendor
+from attnpass.kernels.flash_ops import Lengths, Plan, Saved, Vendor, by_name
 from attnpass.kernels.late import imported, unfit_gpu, version_of
 from attnpass.reasons import Reason, reason
 from attnpass.spec import AttentionSpec
@@ -45,48 +45,26 @@ _BACKWARDS = {*((width, width) for width in (64, 96, 120, 128, 160, 192, 256)), 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, slopes: Tensor | None, plan: Plan, lengths: Lengths | None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    numbers = {**_plan(plan), **_lengths(lengths), "softcap": plan.softcap or None}
+    numbers = {**_plan(plan), **by_name(lengths), "softcap": plan.softcap or None}
     out, lse, *_ = _function(_FORWARD)(q, k, v, **numbers, return_lse=True)
     return out, lse, None
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rng: Tensor,
-    slopes: Tensor | None,
-    plan: Plan,
-    lengths: Lengths | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    numbers = {**_plan(plan), **_lengths(lengths), "softcap": plan.softcap}
-    dq, dk, dv, *_ = _function(_BACKWARD)(q, k, v, out, dout, lse, **numbers, deterministic=plan.deterministic)
+def _backward(dout: Tensor, saved: Saved, plan: Plan, lengths: Lengths | None) -> tuple[Tensor, Tensor, Tensor]:
+    numbers = {**_plan(plan), **by_name(lengths), "softcap": plan.softcap}
+    dq, dk, dv, *_ = _function(_BACKWARD)(
+        saved.q, saved.k, saved.v, saved.out, dout, saved.lse, **numbers, deterministic=plan.deterministic
+    )
     return dq, dk, dv
 
 
 def _plan(plan: Plan) -> dict[str, Any]:
-    left, right = (None if bound < 0 else bound for bound in (plan.left, plan.right))
-    if plan.causal:
-        left = right = None
+    left, right = (None if bound < 0 else bound for bound in plan.window)
     return {
         "softmax_scale": plan.scale,
         "causal": plan.causal,
         "window_size_left": left,
         "window_size_right": right,
-    }
-
-
-def _lengths(lengths: Lengths | None) -> dict[str, Any]:
-    if lengths is None:
-        return {}
-    return {
-        "cu_seqlens_q": lengths.queries,
-        "cu_seqlens_k": lengths.keys,
-        "max_seqlen_q": lengths.most_queries,
-        "max_seqlen_k": lengths.most_keys,
     }
 
 
@@ -119,12 +97,12 @@ class Flash4(FlashKernel):
         deterministic=True,
     )
 
-    def available(self) -> Reason | None:
-        missing = unfit_gpu(range(9, 12), "compute capability 9 to 11")
-        if missing is None:
-            found = _interface()
-            missing = found if isinstance(found, str) else _unlike_release()
-        return None if missing is None else reason("unavailable", detail=missing)
+    def _missing(self) -> str | None:
+        unfit = unfit_gpu(range(9, 12), "compute capability 9 to 11")
+        if unfit is not None:
+            return unfit
+        found = _interface()
+        return found if isinstance(found, str) else _unlike_release()
 
     def version(self) -> str:
         return version_of("flash-attn-4")  # its own __version__ asks for another name and is always 0.0.0

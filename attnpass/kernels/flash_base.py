@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,7 +26,7 @@ from attnpass.cost import rated_us
 from attnpass.errors import first_line
 from attnpass.graph import Builder
 from attnpass.kernels.base import Kernel
-from attnpass.kernels.flash_ops import Lengths, Plan, Vendor, define
+from attnpass.kernels.flash_ops import Lengths, Plan, Saved, Vendor, define
 from attnpass.kernels.operands import upright
 from attnpass.kernels.packed import packed
 from attnpass.reasons import Reason, reason
@@ -52,6 +53,14 @@ class FlashKernel(Kernel):
             failure = trial(self.vendor, _sample(spec))
             if failure is not None:
                 yield reason("unavailable", detail=f"this build does not compute it: {failure}")
+
+    def available(self) -> Reason | None:
+        missing = self._missing()
+        return None if missing is None else reason("unavailable", detail=missing)
+
+    @abstractmethod
+    def _missing(self) -> str | None:
+        """Why it cannot run here, and what to do."""
 
     def _limits(self, spec: AttentionSpec) -> Iterator[Reason]:
         """What this kernel refuses beyond its table."""
@@ -166,6 +175,7 @@ def _run(vendor: Vendor, sample: Sample) -> None:
     lengths = Lengths(queries=ends, keys=ends, most_queries=_KEYS, most_keys=_KEYS) if sample.packed else None
     out, lse, rng = vendor.forward(q, k, v, slopes, plan, lengths)
     if sample.grad:
-        vendor.backward(torch.zeros_like(out), q, k, v, out, lse, rng, slopes, plan, lengths)
+        saved = Saved(q=q, k=k, v=v, out=out, lse=lse, rng=lse if rng is None else rng, slopes=slopes)
+        vendor.backward(torch.zeros_like(out), saved, plan, lengths)
     if q.is_cuda:
         torch.cuda.synchronize()  # an error of the GPU shows here, not in the model

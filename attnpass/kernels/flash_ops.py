@@ -13,7 +13,7 @@ keys (packed.py): then the kernel is called with sequences of several lengths. N
 A kernel comes as a :class:`Vendor`, two functions that import its package when they are called:
 
     forward(q, k, v, slopes, plan, lengths)  -> (out, lse, rng or None)
-    backward(dout, q, k, v, out, lse, rng, slopes, plan, lengths) -> (dq, dk, dv)
+    backward(dout, saved, plan, lengths)     -> (dq, dk, dv)
 
 They get (batch, length, heads, width), rows contiguous, everything aligned to 16 bytes; with `lengths` instead
 (batch * length, heads, width). lse is float32, (batch, heads, queries), or with `lengths` (heads, batch * queries); the
@@ -57,6 +57,11 @@ class Plan:
         """Bounded by the query's own position and by nothing else."""
         return self.right == 0 and self.left == -1
 
+    @property
+    def window(self) -> tuple[int, int]:
+        """The bounds, without that which `causal` says."""
+        return (-1, -1) if self.causal else (self.left, self.right)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lengths:
@@ -68,8 +73,38 @@ class Lengths:
     most_keys: int
 
 
+def by_name(lengths: Lengths | None) -> dict[str, Any]:
+    """As the functions of flash-attn's kind name them; nothing for batches of one length."""
+    if lengths is None:
+        return {}
+    return {
+        "cu_seqlens_q": lengths.queries,
+        "cu_seqlens_k": lengths.keys,
+        "max_seqlen_q": lengths.most_queries,
+        "max_seqlen_k": lengths.most_keys,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """What a backward is given beside the gradient of the result."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    rng: Tensor
+    slopes: Tensor | None
+
+    def unwritten(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Memory for the gradients of q, k and v."""
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (self.q, self.k, self.v))
+        return dq, dk, dv
+
+
 Forward = Callable[[Tensor, Tensor, Tensor, Tensor | None, Plan, Lengths | None], tuple[Tensor, Tensor, Tensor | None]]
-Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
+Backward = Callable[[Tensor, Saved, Plan, Lengths | None], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,10 +165,11 @@ def define(vendor: Vendor) -> Callable[..., Any]:
         *numbers: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         plan, packing = _plan(*numbers), _packing(q, k, order, ends)
-        given = (_rows(dout, packing), *_operands(q, k, v, packing), _rows(out, packing))
+        q_rows, k_rows, v_rows = _operands(q, k, v, packing)
         told = lse if packing is None else lse.transpose(0, 1).reshape(lse.shape[1], -1).contiguous()
         lengths = None if packing is None else packing.lengths
-        dq, dk, dv = vendor.backward(*given, told, rng, slopes, plan, lengths)
+        saved = Saved(q=q_rows, k=k_rows, v=v_rows, out=_rows(out, packing), lse=told, rng=rng, slopes=slopes)
+        dq, dk, dv = vendor.backward(_rows(dout, packing), saved, plan, lengths)
         dq = _batched(dq, q)
         dk, dv = (_unpacked(grad, like, packing) for grad, like in ((dk, k), (dv, v)))
         dsink = lse.new_empty(0) if sink is None else _sink_gradient(dout, out, lse, sink)

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from attnpass.kernels.base import Capabilities
 from attnpass.kernels.flash import Flash
-from attnpass.kernels.flash_ops import Lengths, Plan, Vendor
+from attnpass.kernels.flash_ops import Lengths, Plan, Saved, Vendor
 from attnpass.kernels.late import unfit_gpu
-from attnpass.reasons import Reason, reason
 
 aten = torch.ops.aten
 _GPUS = range(8, 100)
@@ -36,22 +35,12 @@ def _forward(
     return out, lse, None
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rng: Tensor,
-    slopes: Tensor | None,
-    plan: Plan,
-    lengths: Lengths | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dout: Tensor, saved: Saved, plan: Plan, lengths: Lengths | None) -> tuple[Tensor, Tensor, Tensor]:
     # of random numbers, of which there are none
+    q, k, v = saved.q, saved.k, saved.v
     state, unused = torch.zeros(2, dtype=torch.uint64, device=q.device), q.new_empty(0)
     dq, dk, dv = aten._flash_attention_backward(
-        *(dout, q, k, v, out, lse, *_lengths(q, k, lengths), 0.0, plan.causal, state, unused),
+        *(dout, q, k, v, saved.out, saved.lse, *_lengths(q, k, lengths), 0.0, plan.causal, state, unused),
         scale=plan.scale,
         **_bounds(plan),
     )
@@ -65,8 +54,7 @@ def _lengths(q: Tensor, k: Tensor, lengths: Lengths | None) -> tuple[Tensor | No
 
 
 def _bounds(plan: Plan) -> dict[str, int]:
-    left, right = (-1, -1) if plan.causal else (plan.left, plan.right)
-    return {"window_size_left": left, "window_size_right": right}
+    return {"window_size_left": plan.window[0], "window_size_right": plan.window[1]}
 
 
 class NativeVarlen(Flash):
@@ -88,11 +76,10 @@ class NativeVarlen(Flash):
         deterministic=True,  # by torch's own switch
     )
 
-    def available(self) -> Reason | None:
-        missing = unfit_gpu(_GPUS, "compute capability 8.0 or above")
-        if missing is None and not torch.backends.cuda.is_flash_attention_available():
-            missing = "this torch was built without flash-attn"
-        return None if missing is None else reason("unavailable", detail=missing)
+    def _missing(self) -> str | None:
+        built = torch.backends.cuda.is_flash_attention_available()
+        unbuilt = None if built else "this torch was built without flash-attn"
+        return unfit_gpu(_GPUS, "compute capability 8.0 or above") or unbuilt
 
     def version(self) -> str:
         return torch.__version__

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from attnpass.kernels.base import Capabilities
 from attnpass.kernels.flash_base import FlashKernel
-from attnpass.kernels.flash_ops import Lengths, Plan, Vendor
+from attnpass.kernels.flash_ops import Lengths, Plan, Saved, Vendor
 from attnpass.kernels.late import imported, unfit_gpu, version_of
 from attnpass.reasons import Reason, reason
 from attnpass.spec import AttentionSpec
@@ -48,21 +48,11 @@ def _forward(
     return out, lse[..., : q.shape[1]], None  # cutlass rounds the length up
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    rng: Tensor,
-    slopes: Tensor | None,
-    plan: Plan,
-    lengths: Lengths | None,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(dout: Tensor, saved: Saved, plan: Plan, lengths: Lengths | None) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = saved.q, saved.k, saved.v
     fmha, wide = _fmha(), [_repeated(x, q) for x in (k, v)]
     given = {"attn_bias": _mask(fmha, plan, q, k), "scale": plan.scale}
-    dq, dk, dv = fmha.memory_efficient_attention_backward(dout, out, lse, q, *wide, **given)
+    dq, dk, dv = fmha.memory_efficient_attention_backward(dout, saved.out, saved.lse, q, *wide, **given)
     return dq, _summed(dk, k), _summed(dv, v)
 
 
@@ -142,12 +132,12 @@ class Xformers(FlashKernel):
         backward=True,
     )
 
-    def available(self) -> Reason | None:
-        missing = unfit_gpu(_GPUS, "compute capability 8.0 or above")
-        if missing is None:
-            found = _module()
-            missing = found if isinstance(found, str) else _unfit(found)
-        return None if missing is None else reason("unavailable", detail=missing)
+    def _missing(self) -> str | None:
+        unfit = unfit_gpu(_GPUS, "compute capability 8.0 or above")
+        if unfit is not None:
+            return unfit
+        found = _module()
+        return found if isinstance(found, str) else _unfit(found)
 
     def version(self) -> str:
         return version_of("xformers")

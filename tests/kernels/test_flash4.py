@@ -431,7 +431,8 @@ for left, right, softcap, packed in ((-1, 0, 0.0, False), (7, 3, 30.0, True)):
         out, lse, rng = _forward(q, k, v, None, plan, lengths)
         assert out.shape == q.shape, out.shape
         assert lse.shape == ((4, 600) if packed else (3, 4, 200)), lse.shape
-        grads = _backward(torch.empty_like(out), q, k, v, out, lse, lse, None, plan, lengths)
+        saved = Saved(q=q, k=k, v=v, out=out, lse=lse, rng=lse, slopes=None)
+        grads = _backward(torch.empty_like(out), saved, plan, lengths)
         assert [x.shape for x in grads] == [x.shape for x in (q, k, v)]
 print("compiled")
 """
