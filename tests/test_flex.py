@@ -408,6 +408,7 @@ def test_operands_that_are_views_through_inductor() -> None:
     assert found.kernels == ["flex"]
 
 
+@pytest.mark.slow
 def test_every_case_through_inductor() -> None:
     module, given = Attention(*CASES), inputs()
     found = Flexed(module, inner="inductor")
