@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from attnpass.errors import Refuse
-from attnpass.graph import Builder, plain, same, tensor
+from attnpass.graph import Builder, same, tensor
 from attnpass.site import Atom, Dim, Layout, Placed
 
 aten = torch.ops.aten
@@ -101,16 +101,8 @@ def _split(b: Builder, placed: Placed, target: Layout, sizes: Sizes) -> tuple[No
         return placed.node, dims
     shape: list[int | Node] = []
     for at, parts in enumerate(cut):
-        shape += [_size(b, placed.node, at)] if len(parts) == 1 else [sizes.dim(dim) for dim in parts]
+        shape += [b.size(placed.node, at)] if len(parts) == 1 else [sizes.dim(dim) for dim in parts]
     return b.call(aten.reshape.default, placed.node, shape), dims
-
-
-def _size(b: Builder, node: Node, at: int) -> int | Node:
-    """The size of a dimension, as the tensor itself tells it."""
-    val = tensor(node)
-    assert val is not None
-    size = plain(val.shape[at])
-    return size if isinstance(size, int) else b.call(aten.sym_size.int, node, at)
 
 
 def _runs(dim: Dim) -> list[Dim]:

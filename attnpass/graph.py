@@ -167,6 +167,11 @@ class Builder:
         node.meta["val"] = self._value(node)
         return node
 
+    def size(self, node: Node, dim: int) -> int | Node:
+        """The size of a dimension as the tensor itself tells it: a number, or the node of a symbolic one."""
+        size = plain(value(node).shape[dim])
+        return size if isinstance(size, int) else self.call(torch.ops.aten.sym_size.int, node, dim)
+
     def module(self, module: GraphModule) -> Node:
         """One node yielding a function that a call takes as an argument. Whoever puts the graph in place attaches the
         module, which the node itself carries: no graph module has it yet.

@@ -61,7 +61,7 @@ class Opaque:
         return self.name
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise NotImplementedError(self.name)
+        raise NotImplementedError(self.name)  # the graph is only read: what runs is the original's own call
 
 
 @dataclass(kw_only=True)

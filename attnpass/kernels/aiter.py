@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from attnpass.kernels.base import Capabilities
-from attnpass.kernels.flash_base import FlashKernel
+from attnpass.kernels.flash_base import FlashKernel, may_see_no_key
 from attnpass.kernels.flash_ops import Lengths, Plan, Saved, Vendor
 from attnpass.kernels.late import imported, version_of
-from attnpass.kernels.xformers import may_see_no_key
 from attnpass.reasons import Reason, reason
 from attnpass.spec import AttentionSpec
 

@@ -101,6 +101,14 @@ def _too_many(spec: AttentionSpec) -> Iterator[Reason]:
         yield reason("no_form", detail=f"{_COUNTED} rows in one tensor")
 
 
+def may_see_no_key(spec: AttentionSpec) -> bool:
+    """Some query may stand before all keys: there are bounds, and there may be more queries than keys."""
+    queries, keys = spec.queries, spec.keys
+    if spec.mask.causal is None and spec.mask.window is None:
+        return False
+    return queries != keys and not (isinstance(queries, int) and isinstance(keys, int) and queries <= keys)
+
+
 def _rows(shape: tuple[Size, ...]) -> int:
     batch, _, length, _ = shape
     return batch * length if isinstance(batch, int) and isinstance(length, int) else 0

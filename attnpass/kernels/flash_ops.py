@@ -244,8 +244,12 @@ def _operands(q: Tensor, k: Tensor, v: Tensor, packing: _Packing | None) -> tupl
 
 
 def _rows(x: Tensor, packing: _Packing | None) -> Tensor:
-    """In the kernel's order of dimensions, as its loads want it: rows contiguous, starting at multiples of 16 bytes."""
-    x = x.transpose(1, 2) if packing is None else _flat(x)
+    """In the kernel's order of dimensions, as its loads want it."""
+    return aligned(x.transpose(1, 2) if packing is None else _flat(x))
+
+
+def aligned(x: Tensor) -> Tensor:
+    """Rows contiguous, and starting at multiples of what one instruction loads."""
     unit = max(1, _ALIGNED // x.element_size())
     # a stride of 0 is no stride to what describes a tensor to the hardware
     straight = x.stride(-1) == 1 and all(step and step % unit == 0 for step in x.stride()[:-1])

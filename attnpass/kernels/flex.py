@@ -27,7 +27,6 @@ from attnpass.cost import rated_us
 from attnpass.errors import first_line
 from attnpass.graph import Builder, value
 from attnpass.kernels.base import Capabilities, Kernel
-from attnpass.kernels.operands import length
 from attnpass.kernels.ops import apart
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call, Functions
@@ -167,7 +166,7 @@ def _blocks(b: Builder, call: Call, functions: Functions) -> tuple[Any, ...]:
         mask_mod=_stands_for_keep,
         **{name: None if node is None else value(node) for name, node in pairs.items()},  # type: ignore[arg-type]
     )
-    lengths = {-1: length(b, call.q), -2: length(b, call.k)}
+    lengths = {-1: b.size(call.q, 2), -2: b.size(call.k, 2)}
 
     def node(entry: Any) -> Any:
         if entry is _stands_for_keep:
@@ -180,4 +179,4 @@ def _blocks(b: Builder, call: Call, functions: Functions) -> tuple[Any, ...]:
 
 
 def _stands_for_keep(*index: torch.Tensor) -> torch.Tensor:
-    raise NotImplementedError
+    raise NotImplementedError  # a mark in the tuple, replaced by the site's own function before anything runs

@@ -43,7 +43,6 @@ from attnpass.kernels.operands import (
     ALIGNED,
     heads_repeated,
     keys_contiguous,
-    length,
     loadable,
     narrowed,
     one_width,
@@ -205,11 +204,7 @@ class NativeEfficient(_Fused):
         q, k, v = (loadable(b, widened(b, node, ALIGNED)) for node in (q, k, v))
         if mask is not None:
             rows = _rows_aligned(b, call, mask)
-            sizes = [
-                size if isinstance(size, int) else b.call(aten.sym_size.int, q, dim)
-                for dim, size in enumerate(call.spec.q[:3])
-            ]
-            mask = b.call(aten.expand.default, rows, [*sizes, length(b, k)])
+            mask = b.call(aten.expand.default, rows, [*(b.size(q, dim) for dim in range(3)), b.size(k, 2)])
         rest = (_differentiated(call.spec), float(call.dropout), call.causal)
         target = aten._scaled_dot_product_efficient_attention.default
         return b.call(target, q, k, v, mask, *rest, scale=call.scale)
@@ -313,7 +308,7 @@ def _rows_aligned(b: Builder, call: Call, mask: Node) -> Node:
     aligned = all(isinstance(s, int) and s % ALIGNED == 0 for s in strides[:-1]) and is_one(strides[-1])
     if aligned and isinstance(val.storage_offset(), int) and val.storage_offset() % ALIGNED == 0:
         return mask
-    keys = length(b, call.k)
+    keys = b.size(call.k, 2)
     if isinstance(keys, int):
         over: int | Node = -keys % ALIGNED
     else:  # one column at least: whether there is any to cut off would be a condition on the length

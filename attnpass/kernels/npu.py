@@ -27,7 +27,7 @@ from attnpass.errors import Refuse
 from attnpass.graph import Builder, is_one, tensor
 from attnpass.kernels.base import Capabilities, Kernel
 from attnpass.kernels.late import imported, version_of
-from attnpass.kernels.operands import length, rows_contiguous
+from attnpass.kernels.operands import rows_contiguous
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call
 from attnpass.spec import AttentionSpec
@@ -105,8 +105,8 @@ def _off(b: Builder, call: Call) -> Node | None:
         return None
     if val.dtype is not torch.bool:
         raise Refuse("no_form", detail="a mask that is added to the scores")
-    shape: list[int | Node] = [-1, -1, length(b, call.q), length(b, call.k)]
+    shape: list[int | Node] = [-1, -1, b.size(call.q, 2), b.size(call.k, 2)]
     if not is_one(val.shape[1]):
-        shape[0] = call.spec.q[0] if isinstance(call.spec.q[0], int) else b.call(aten.sym_size.int, call.q, 0)
+        shape[0] = b.size(call.q, 0)
     whole = b.call(aten.expand.default, b.call(aten.logical_not.default, call.mask), shape)
     return b.call(aten.contiguous.default, whole)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from attnpass.graph import Builder, is_one, tensor, value
+from attnpass.graph import Builder, is_one, tensor
 from attnpass.site import Call
 
 aten = torch.ops.aten
@@ -62,14 +62,8 @@ def keys_contiguous(b: Builder, call: Call) -> Node | None:
     val = tensor(call.mask) if call.mask is not None else None
     if call.mask is None or val is None or not is_one(val.shape[-1]):
         return call.mask
-    wide = b.call(aten.expand.default, call.mask, [-1, -1, -1, length(b, call.k)])
+    wide = b.call(aten.expand.default, call.mask, [-1, -1, -1, b.size(call.k, 2)])
     return b.call(aten.contiguous.default, wide)
-
-
-def length(b: Builder, node: Node) -> int | Node:
-    """How many queries or keys a canonical tensor has: a number, or the node of a symbolic one."""
-    size = value(node).shape[2]
-    return size if isinstance(size, int) else b.call(aten.sym_size.int, node, 2)
 
 
 def loadable(b: Builder, node: Node) -> Node:

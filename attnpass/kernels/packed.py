@@ -31,7 +31,7 @@ def packed(b: Builder, keys: Node, k: Node) -> tuple[Node, Node]:
 
 
 def _packed(b: Builder, keys: Node, k: Node) -> tuple[Node, Node]:
-    batch, length = (_size(b, k, dim) for dim in (0, 2))
+    batch, length = (b.size(k, dim) for dim in (0, 2))
     seen = b.call(aten.reshape.default, b.call(aten.expand.default, keys, [batch, 1, 1, length]), [batch, length])
     unseen = b.call(aten.reshape.default, b.call(aten.logical_not.default, seen), [-1])
     # sorting bool is not done everywhere; the order of equals stays
@@ -40,8 +40,3 @@ def _packed(b: Builder, keys: Node, k: Node) -> tuple[Node, Node]:
     counts = b.call(aten.cumsum.default, b.call(aten.sum.dim_IntList, seen, [1]), 0)
     ends = b.call(aten.constant_pad_nd.default, b.call(aten.to.dtype, counts, torch.int32), [1, 0])
     return order, ends
-
-
-def _size(b: Builder, node: Node, dim: int) -> int | Node:
-    size = value(node).shape[dim]
-    return size if isinstance(size, int) else b.call(aten.sym_size.int, node, dim)

@@ -30,7 +30,7 @@ from attnpass.cost import rated_us
 from attnpass.graph import Builder
 from attnpass.kernels.base import Capabilities, Kernel
 from attnpass.kernels.late import imported, unfit_gpu, version_of
-from attnpass.kernels.operands import length, upright
+from attnpass.kernels.operands import upright
 from attnpass.kernels.packed import packed
 from attnpass.kernels.sage_ops import FORMS, operation
 from attnpass.reasons import Reason, reason
@@ -186,11 +186,7 @@ class SageVarlen(SageKernel):
         """
         forms = call.forms
         assert forms is not None
-        batch, heads = (
-            size if isinstance(size, int) else b.call(aten.sym_size.int, call.q, dim)
-            for dim, size in enumerate(call.spec.q[:2])
-        )
-        shape = [batch, heads, length(b, call.q)]
+        shape = [b.size(call.q, dim) for dim in range(3)]
         if forms.keys is None:
             return self.emit(b, call), b.call(aten.new_zeros.default, call.q, shape, dtype=torch.float32)
         any_key = b.call(aten.any.dim, b.call(aten.squeeze.dim, forms.keys, 1), -1)  # (batch or 1, 1)

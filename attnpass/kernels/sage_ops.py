@@ -33,7 +33,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_ALIGNED = 16  # bytes that one instruction loads
+from attnpass.kernels.flash_ops import aligned
+
 _BLOCK = 128  # queries that one causal block holds
 _FAINT = 1e-35  # below this, one over the greatest of a column overflows in float32
 
@@ -131,8 +132,8 @@ def _whole(known: Form, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: b
     if rows:
         # their mean, which the package subtracts from all keys, is then what it was
         k = torch.cat((k, k.mean(1, keepdim=True).expand(-1, rows, -1, -1)), 1)
-    k = _aligned(_padded(k, columns, 0))
-    q, v = (_aligned(_padded(x, columns, rows)) for x in (q, v))
+    k = aligned(_padded(k, columns, 0))
+    q, v = (aligned(_padded(x, columns, rows)) for x in (q, v))
     if known.writes_keys and k.data_ptr() == given.data_ptr():
         k = k.clone(memory_format=torch.contiguous_format)
     out: Tensor = _entry(known)(q, k, v, tensor_layout="NHD", is_causal=causal, sm_scale=scale)
@@ -159,7 +160,7 @@ def _packed(
     # any vector may be subtracted from all keys of a query; with their mean fewer bits are lost
     mean = k.sum(0, keepdim=True, dtype=torch.float32) / ends[-1].clamp(min=1)
     k = k - mean.to(k.dtype)
-    q, v = _aligned(q), _aligned(v)
+    q, v = aligned(q), aligned(v)
     out: Tensor = _entry(known)(q, k, v, starts, ends, queries, most, is_causal=False, sm_scale=scale, smooth_k=False)
     return out.contiguous().view(batch, queries, heads, -1)
 
@@ -172,15 +173,6 @@ def _entry(known: Form) -> Callable[..., Tensor]:
 def _padded(x: Tensor, columns: int, rows: int) -> Tensor:
     """(batch, length, heads, width) with columns and rows of zeros appended."""
     return torch.nn.functional.pad(x, (0, columns, 0, 0, 0, rows)) if columns or rows else x
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """Rows contiguous, and starting at multiples of what one instruction loads."""
-    unit = _ALIGNED // x.element_size()
-    straight = x.stride(-1) == 1 and all(step and step % unit == 0 for step in x.stride()[:-1])
-    if straight and x.data_ptr() % _ALIGNED == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _zero_columns(v: Tensor) -> Tensor:

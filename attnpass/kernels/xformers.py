@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor
 
 from attnpass.kernels.base import Capabilities
-from attnpass.kernels.flash_base import FlashKernel
+from attnpass.kernels.flash_base import FlashKernel, may_see_no_key
 from attnpass.kernels.flash_ops import Lengths, Plan, Saved, Vendor
 from attnpass.kernels.late import imported, unfit_gpu, version_of
 from attnpass.reasons import Reason, reason
@@ -150,11 +150,3 @@ class Xformers(FlashKernel):
             yield reason("no_form", detail="a causal mask or a window where there may be more queries than keys")
         if spec.mask.window is not None and spec.dtype == "float32":
             yield reason("no_form", detail="a window in float32")
-
-
-def may_see_no_key(spec: AttentionSpec) -> bool:
-    """Some query may stand before all keys: there are bounds, and there may be more queries than keys."""
-    queries, keys = spec.queries, spec.keys
-    if spec.mask.causal is None and spec.mask.window is None:
-        return False
-    return queries != keys and not (isinstance(queries, int) and isinstance(keys, int) and queries <= keys)

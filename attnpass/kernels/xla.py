@@ -30,7 +30,7 @@ from torch.fx import Node
 from attnpass.graph import Builder, tensor
 from attnpass.kernels.base import Capabilities, Kernel
 from attnpass.kernels.late import imported, version_of
-from attnpass.kernels.operands import heads_repeated, length
+from attnpass.kernels.operands import heads_repeated
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call
 from attnpass.spec import AttentionSpec
@@ -114,8 +114,8 @@ def _added(b: Builder, call: Call) -> Node | None:
         added = b.call(aten.where.ScalarOther, call.mask, zero, _OFF)
     else:
         added = b.call(aten.clamp.default, b.call(aten.to.dtype, call.mask, q.dtype), _OFF)
-    shape = [s if isinstance(s, int) else b.call(aten.sym_size.int, call.q, at) for at, s in enumerate(call.spec.q[:3])]
-    return b.call(aten.contiguous.default, b.call(aten.expand.default, added, [*shape, length(b, call.k)]))
+    shape = [*(b.size(call.q, dim) for dim in range(3)), b.size(call.k, 2)]
+    return b.call(aten.contiguous.default, b.call(aten.expand.default, added, shape))
 
 
 @functools.cache
