@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -93,7 +94,7 @@ def unfused_us(spec: AttentionSpec) -> float | None:
     if spec.device != "cuda":
         return None
     bytes_ = _scores(spec) * _UNFUSED_BYTES * (2 if spec.dtype == "float32" else 1) + _bytes(spec)
-    return _operations(spec) / rates().products + bytes_ / rates().bytes_per_us + 3 * _LAUNCH
+    return _operations(spec) / rates().products + bytes_ / rates().bytes_per_us + _copies(spec) + 3 * _LAUNCH
 
 
 def _by_tensor(spec: AttentionSpec, known: _Kernel) -> float:
@@ -105,7 +106,16 @@ def _by_tensor(spec: AttentionSpec, known: _Kernel) -> float:
     # A mask over keys alone is read from the cache. Its rate is that of a padded BERT of 512 tokens, where flex was
     # slower (4.19 ms for four layers, 3.95 so); at 16384 tokens it is 270, and that of flex 330.
     keys_alone = spec.mask == MaskSpec(key_padding=True) and not spec.bias
-    return _time(spec, known, "keys" if keys_alone else "tensor", 1.0) + _repairs(spec)
+    return _time(spec, known, "keys" if keys_alone else "tensor", 1.0) + _copies(spec) + _repairs(spec)
+
+
+def _copies(spec: AttentionSpec) -> float:
+    """Heads of k and v that are repeated, for a product or for a kernel that has no masks beside shared heads: written
+    and read again. Next to nothing for a long prompt, most of the time for one token behind a long cache.
+    """
+    if spec.groups == 1:
+        return 0.0
+    return 2 * spec.groups * (_size(spec, spec.k) + _size(spec, spec.v)) / rates().bytes_per_us
 
 
 def _repairs(spec: AttentionSpec) -> float:
@@ -137,11 +147,13 @@ def _scores(spec: AttentionSpec) -> float:
 
 
 def _bytes(spec: AttentionSpec) -> float:
-    total = 0.0
-    for shape in (spec.q, spec.k, spec.v):
-        sizes = (_number(shape[0], _BATCH), _number(shape[1], 1), _number(shape[2], _LENGTH), _number(shape[3], 64))
-        total += sizes[0] * sizes[1] * sizes[2] * sizes[3]
-    return total * (4 if spec.dtype == "float32" else 2)
+    return math.fsum(_size(spec, shape) for shape in (spec.q, spec.k, spec.v))
+
+
+def _size(spec: AttentionSpec, shape: tuple[Size, ...]) -> float:
+    """Bytes of one operand."""
+    sizes = (_number(size, usual) for size, usual in zip(shape, (_BATCH, 1, _LENGTH, 64), strict=True))
+    return math.prod(sizes) * (4 if spec.dtype == "float32" else 2)
 
 
 def _kept(spec: AttentionSpec) -> float:

@@ -12,7 +12,8 @@ from torch import nn
 
 from tests.models import torchvision_stub
 
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]
+ROOM = 128  # for the steps of a benchmark; each call is one
 
 
 def tokens(batch: int, length: int) -> torch.Tensor:
@@ -35,6 +36,7 @@ class Model:
     sizes: dict[str, Any]
     inputs: Callable[[], Inputs]
     cls: str = "AutoModel"
+    cache: int = 0  # decoding: the room of a static cache, nearly all of it filled
 
     def build(self, attention: str) -> nn.Module:
         if find_spec("torchvision") is not None:  # transformers imports it where it is there
@@ -46,6 +48,25 @@ class Model:
         make = cls.from_config if self.cls == "AutoModel" else cls._from_config
         model: nn.Module = make(config, attn_implementation=attention)
         return model
+
+    def state(self, model: nn.Module, inputs: Inputs) -> dict[str, Any]:
+        """What a call is given beside its inputs: a cache of random keys and values, in the model's dtype."""
+        if not self.cache:
+            return {}
+        import transformers
+
+        config: Any = model.config
+        parameter = next(model.parameters())
+        like = {"dtype": parameter.dtype, "device": parameter.device}
+        cache = transformers.StaticCache(config, max_cache_len=self.cache)
+        width = config.hidden_size // config.num_attention_heads
+        cache.early_initialization(inputs["input_ids"].shape[0], config.num_key_value_heads, width, **like)
+        generator = torch.Generator(parameter.device).manual_seed(2)
+        for layer in cache.layers:
+            for held in (layer.keys, layer.values):
+                held.copy_(torch.randn(held.shape, generator=generator, device=parameter.device))
+            layer.cumulative_length.fill_(self.cache - ROOM)
+        return {"past_key_values": cache}
 
 
 def decoder(hidden: int, inner: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:

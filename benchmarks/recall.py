@@ -2,12 +2,13 @@
 
     python -m benchmarks.recall --suite transformers [--suite timm ...] [--only NAME] [--limit N]
                                 [--inductor | --inductor-from FILE] [--front dynamo|export]
-                                [--json FILE] [--write] [--expected]
+                                [--json FILE] [--write] [--expected] [--every N] [--check]
 
 Every model is built from a tiny random configuration (tests/models) and runs in a worker process: a model that fails,
 hangs or crashes is a line in the table, not the end of the run. `there` is counted by an oracle that does not know the
 pass (tests/models/oracle.py). `--write` puts the tables into docs/recall.md, `--expected` the decisions into
-tests/models/expected.json.
+tests/models/expected.json, and `--check` compares them with it: a model of which less is found or replaced than is
+written there makes the run fail.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.models.harness import Result
-from tests.models.suites import SUITES, find, write_expected
+from tests.models.suites import SUITES, expected, find, write_expected
 
 PAGE = Path(__file__).parents[1] / "docs" / "recall.md"
 
@@ -87,11 +88,11 @@ def _serve(pipe: multiprocessing.connection.Connection, front: str, inductor: bo
         pipe.send(dataclasses.asdict(result))
 
 
-def names_of(suite: str, only: list[str], limit: int | None) -> list[str]:
+def names_of(suite: str, only: list[str], limit: int | None, every: int = 1) -> list[str]:
     names = [case.name for case in SUITES[suite]()]
     if unknown := [name for name in only if name not in names]:
         raise SystemExit(f"no model {unknown[0]!r} in suite {suite!r}; there are {', '.join(names)}")
-    return [name for name in names if not only or name in only][:limit]
+    return [name for name in names if not only or name in only][::every][:limit]
 
 
 def measure(suites: list[str], arguments: argparse.Namespace) -> list[Result]:
@@ -100,7 +101,7 @@ def measure(suites: list[str], arguments: argparse.Namespace) -> list[Result]:
     results = []
     try:
         for suite in suites:
-            names = names_of(suite, arguments.only, arguments.limit)
+            names = names_of(suite, arguments.only, arguments.limit, arguments.every)
             for number, name in enumerate(names, 1):
                 result = worker.run(suite, name)
                 results.append(result)
@@ -128,6 +129,24 @@ def line(result: Result) -> str:
         f"{result.name}: {result.sites} of {result.there} sites, {result.replaced} replaced, "
         f"{result.seconds:.1f} s{'  (' + notes + ')' if notes else ''}{accuracy}"
     )
+
+
+def lost(results: list[Result]) -> list[str]:
+    """What tests/models/expected.json promises and these results do not hold, one line each."""
+    lines = []
+    for result in results:
+        wanted, found = expected().get(f"{result.suite}/{result.name}", {}), result.decisions()
+        if result.problem:
+            lines.append(f"{result.suite}/{result.name}: {result.problem}")
+        elif not result.accurate:
+            lines.append(f"{result.suite}/{result.name}: differs from eager by {result.error:.1e}")
+        for what in ("there", "sites", "replaced", "replaced_training"):
+            if not result.problem and found.get(what, 0) < wanted.get(what, 0):
+                reasons = ", ".join(f"{code} {n}" for code, n in (result.misses | result.left).items())
+                lines.append(
+                    f"{result.suite}/{result.name}: {what} {found.get(what, 0)}, not {wanted[what]} ({reasons})"
+                )
+    return lines
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -290,6 +309,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all results there")
     parser.add_argument("--write", action="store_true", help="write docs/recall.md")
     parser.add_argument("--expected", action="store_true", help="write the decisions to tests/models/expected.json")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="only every Nth model of each suite")
+    parser.add_argument("--check", action="store_true", help="fail where less is found than expected.json says")
     arguments = parser.parse_args(argv)
     suites = arguments.suite or list(SUITES)
     results = measure(suites, arguments)
@@ -301,6 +322,10 @@ def main(argv: list[str] | None = None) -> int:
         PAGE.write_text(page(suites, results, f"`{command}`"))
     if arguments.expected:
         write_expected({f"{r.suite}/{r.name}": r.decisions() for r in results if not r.problem})
+    if arguments.check:
+        lines = lost(results)
+        print("\n".join(lines) or f"{len(results)} models: all that is written down is found", flush=True)
+        return 1 if lines else 0
     return 1 if any(result.problem or not result.accurate for result in results) else 0
 
 

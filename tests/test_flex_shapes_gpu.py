@@ -29,6 +29,8 @@ from tests.zoo.numbers import Run, complaints, run, truth
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    # what inductor says of the softmax of a model's router
+    pytest.mark.filterwarnings("ignore:\\s*Online softmax is disabled:UserWarning"),
     # Dynamo itself looks at the gradient of a layer's input (torch 2.11)
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]

@@ -30,7 +30,7 @@ from torch import Tensor
 from attnpass.kernels.base import Capabilities
 from attnpass.kernels.flash_base import FlashKernel
 from attnpass.kernels.flash_ops import Lengths, Plan, Saved, Vendor, by_name
-from attnpass.kernels.late import at_least, imported, unfit_gpu, version_of
+from attnpass.kernels.late import at_least, build_of, imported, unfit_gpu, version_of
 from attnpass.reasons import Reason, reason
 from attnpass.spec import AttentionSpec
 
@@ -163,7 +163,7 @@ class Flash3(FlashKernel):
         return unfit_gpu(_GPUS, _HOPPER) or _library()
 
     def version(self) -> str:
-        return version_of("flash-attn-3", "flash_attn_3")
+        return version_of("flash-attn-3", "flash_attn_3") or build_of("flash_attn_3")
 
     def _limits(self, spec: AttentionSpec) -> Iterator[Reason]:
         width, v_width = spec.qk_width, spec.v_width

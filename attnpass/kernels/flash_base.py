@@ -143,13 +143,23 @@ def _sample(spec: AttentionSpec) -> Sample:
         width=spec.qk_width,
         v_width=spec.v_width,
         left=-1 if spec.mask.window is None else 1,
-        right=-1 if spec.mask.causal is None and spec.mask.window is None else 0,
+        right=_right(spec),
         slopes=bool(spec.bias),
         softcap=0.0 if spec.softcap is None else 1.0,
         grad=spec.grad,
         deterministic=spec.deterministic,
         packed=spec.mask.key_padding,
     )
+
+
+def _right(spec: AttentionSpec) -> int:
+    """A bound of the same kind: none, the query's own position, or one further ahead."""
+    mask, queries, keys = spec.mask, spec.queries, spec.keys
+    if isinstance(mask.causal, int) and isinstance(queries, int) and isinstance(keys, int):
+        return 0 if mask.causal == keys - queries else 1
+    if mask.causal is not None:
+        return 0
+    return -1 if mask.window is None or mask.window[1] is None else 1
 
 
 @functools.cache

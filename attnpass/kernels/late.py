@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -48,6 +49,17 @@ def version_of(*distributions: str) -> str:
         except importlib.metadata.PackageNotFoundError:
             continue
     return ""
+
+
+def build_of(package: str) -> str:
+    """What tells builds without a version apart, for tables and caches; nothing is imported."""
+    try:
+        spec = importlib.util.find_spec(package)
+    except ValueError:  # it was put in place by hand
+        spec = None
+    folders = spec.submodule_search_locations if spec is not None else None
+    libraries = [path for folder in folders or () for path in Path(folder).glob("*.so")]
+    return f"unversioned, {sum(path.stat().st_size for path in libraries)} bytes" if libraries else ""
 
 
 def at_least(version: str, oldest: tuple[int, int]) -> bool:

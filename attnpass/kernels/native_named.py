@@ -28,7 +28,7 @@ from dataclasses import replace
 import torch
 from torch.fx import Node
 
-from attnpass.graph import Builder, is_one, tensor
+from attnpass.graph import Builder, tensor
 from attnpass.kernels.base import Capabilities
 from attnpass.kernels.native import (
     CUDNN_DROPOUT,
@@ -304,8 +304,7 @@ def _rows_aligned(b: Builder, call: Call, mask: Node) -> Node:
     """A mask whose rows begin at multiples of eight elements: keys are appended, and cut off by a view."""
     val = tensor(mask)
     assert val is not None
-    strides = val.stride()
-    aligned = all(isinstance(s, int) and s % ALIGNED == 0 for s in strides[:-1]) and is_one(strides[-1])
+    aligned = all(isinstance(s, int) and s % ALIGNED == 0 for s in val.stride()[:-1])
     if aligned and isinstance(val.storage_offset(), int) and val.storage_offset() % ALIGNED == 0:
         return mask
     keys = b.size(call.k, 2)
@@ -313,5 +312,7 @@ def _rows_aligned(b: Builder, call: Call, mask: Node) -> Node:
         over: int | Node = -keys % ALIGNED
     else:  # one column at least: whether there is any to cut off would be a condition on the length
         over = b.call(operator.sub, ALIGNED, b.call(operator.mod, keys, ALIGNED))
+    if over == 0:
+        return b.call(aten.clone.default, mask, memory_format=torch.contiguous_format)
     padded = b.call(aten.constant_pad_nd.default, mask, [0, over])
     return b.call(aten.slice.Tensor, padded, -1, 0, keys)

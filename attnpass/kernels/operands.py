@@ -58,12 +58,16 @@ def narrowed(b: Builder, out: Node, width: int | str) -> Node:
 
 
 def keys_contiguous(b: Builder, call: Call) -> Node | None:
-    """The mask laid out along the keys, also where it is the same for all of them: CUDA kernels need it."""
+    """The mask laid out along the keys, also where it is the same for all of them. CUDA kernels need it: torch's choice
+    falls to its unfused form without, and cuDNN, called by itself, reads beyond the mask.
+    """
     val = tensor(call.mask) if call.mask is not None else None
-    if call.mask is None or val is None or not is_one(val.shape[-1]):
+    if call.mask is None or val is None:
         return call.mask
-    wide = b.call(aten.expand.default, call.mask, [-1, -1, -1, b.size(call.k, 2)])
-    return b.call(aten.contiguous.default, wide)
+    if is_one(val.shape[-1]):
+        wide = b.call(aten.expand.default, call.mask, [-1, -1, -1, b.size(call.k, 2)])
+        return b.call(aten.contiguous.default, wide)
+    return rows_contiguous(b, call.mask)
 
 
 def loadable(b: Builder, node: Node) -> Node:

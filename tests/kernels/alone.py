@@ -126,7 +126,7 @@ def biased(
 
 
 def dense_mask(q: Tensor, k: Tensor, v: Tensor, pad: Tensor, ids: Tensor, sinks: Tensor, dense: Tensor) -> Tensor:
-    return weighted(scores(q, k).masked_fill(~dense, -1e30), v, q)
+    return weighted(scores(q, k).masked_fill(~dense, torch.finfo(q.dtype).min), v, q)
 
 
 FULL = Case("full", full)

@@ -170,6 +170,17 @@ def test_two_calls_with_dropout_are_not_merged() -> None:
     assert torch.Tag.nondeterministic_seeded not in define(Flash3().vendor).tags  # type: ignore[attr-defined]
 
 
+def test_a_build_without_a_version_is_told_by_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "flash_attn_3"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    assert Flash3().version() == ""
+    monkeypatch.delitem(sys.modules, "flash_attn_3")
+    monkeypatch.syspath_prepend(tmp_path)
+    (package / "_C.so").write_bytes(bytes(123))
+    assert Flash3().version() == "unversioned, 123 bytes"
+
+
 # -- through the pass --------------------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,128 @@
+"""On a GPU, through torch.compile as a user calls it: autotune, CUDA graphs, symbolic caps, decoding."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import attnpass
+from attnpass import choose
+from attnpass.capture.dynamo import backend
+from attnpass.kernels import kernels
+from attnpass.kernels.flash import Flash
+from attnpass.kernels.flash3 import Flash3
+from attnpass.kernels.flex import Flex
+from attnpass.kernels.native import Native
+from tests.flex_cases import Attention, Case, causal, inputs
+from tests.kernels.alone import PADDED
+from tests.test_symbolic_caps import CAPS, Capped
+from tests.zoo.numbers import complaints, run, truth
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Argument aux_data:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.* is deprecated:DeprecationWarning"),
+]
+FLOORS = {torch.float32: 64.0, torch.bfloat16: 16.0}
+
+
+@pytest.fixture(autouse=True)
+def _fresh(fresh_dynamo: None) -> Iterator[None]:
+    attnpass.reset()
+    yield
+    attnpass.reset()
+
+
+def on_cuda(length: int = 300, *, grad: bool) -> tuple[Tensor, ...]:
+    given = inputs(length, 64, dtype=torch.bfloat16, grad=grad)
+    return tuple(x.detach().cuda().requires_grad_(x.requires_grad) for x in given)
+
+
+def held(module: nn.Module, given: tuple[Tensor, ...], call: Any, *, grad: bool) -> list[str]:
+    with torch.set_grad_enabled(grad):
+        mine = run(module, given, call=call, grad=grad)
+        return complaints(mine, run(module, given, grad=grad), truth(module, given, grad=grad), floors=FLOORS)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
+def test_autotune_takes_what_is_fastest_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, grad: bool) -> None:
+    monkeypatch.setenv("ATTNPASS_CACHE", str(tmp_path))
+    module = Attention(Case("causal", causal))
+    monkeypatch.setattr(choose, "kernels", lambda: (Native(), Flex(), Flash3(), Flash()))
+    given = on_cuda(2048, grad=grad)
+    assert not held(module, given, torch.compile(module, backend=backend, options={"autotune": True}), grad=grad)
+    (site,) = attnpass.report().sites
+    timed = {verdict.kernel: verdict.cost_us for verdict in site.verdicts if verdict.timed}
+    assert {"native", "flex"} <= timed.keys()
+    assert site.kernel == min(timed, key=lambda name: timed[name] or 0.0)
+    assert len(list(tmp_path.glob("*.json"))) > len(timed)  # and the original
+
+
+def in_graphs() -> list[str]:
+    """Kernels whose calls CUDA graphs can hold."""
+    names = ["native", "flex", "native_efficient", "native_varlen", "flash", "flash_varlen", "flash_3", "xformers"]
+    return [*names, "flash_varlen_3", "flash_4", "flash_varlen_4"]
+
+
+@pytest.mark.parametrize("name", in_graphs())
+def test_reduce_overhead(name: str) -> None:
+    """mode="reduce-overhead": nothing is skipped, and each replay sees the numbers that it is given."""
+    (kernel,) = (kernel for kernel in kernels() if kernel.name == name)
+    missing = kernel.available()
+    if missing is not None:
+        pytest.skip(missing.text)
+    module = Attention(PADDED if kernel.can.key_padding or kernel.takes != "forms" else Case("causal", causal))
+    call = torch.compile(module, backend="attnpass", mode="reduce-overhead")
+    torch._dynamo.utils.counters.clear()
+    with attnpass.policy(kernel=name, strict_kernel=True):
+        for turn in range(4):  # warmed up, recorded, replayed
+            given = on_cuda(grad=True)
+            with torch.no_grad():
+                for x in given[:3]:
+                    x.mul_(1 + turn)
+            assert not held(module, given, call, grad=True)
+    assert [site.kernel for site in attnpass.report().sites] == [name]
+    assert not torch._dynamo.utils.counters["inductor"]["cudagraph_skips"]
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", CAPS)
+def test_symbolic_caps(name: str, grad: bool) -> None:
+    module = Capped(CAPS[name]).cuda()
+    call = torch.compile(module, backend=backend, dynamic=True, options={"kernel": "flex", "strict_kernel": True})
+    for length in (150, 300):
+        g = torch.Generator().manual_seed(length)
+        given = tuple(torch.randn(2, length, 128, generator=g).cuda().requires_grad_(grad) for _ in range(3))
+        assert not held(module, given, call, grad=grad)
+    assert isinstance(attnpass.report().sites[0].spec.softcap, str)
+
+
+@pytest.mark.parametrize("batch", [2, 5])
+def test_decoding_behind_a_long_static_cache(batch: int) -> None:
+    """Heads are shared, not copied, and one graph serves all steps."""
+    from benchmarks.models import Model, decoder, tokens
+
+    shape = Model("LlamaConfig", decoder(512, 512, 8, 2, use_cache=True), dict, cache=32768)
+    torch.manual_seed(0)
+    eager = shape.build("eager").cuda().bfloat16().eval()
+    given = {"input_ids": tokens(batch, 1).cuda()}
+    exact = copy.deepcopy(eager).double()
+    caches = [shape.state(model, given) for model in (eager, eager, exact)]
+    step = torch.compile(eager, backend=backend)
+    with torch.no_grad():
+        for _ in range(3):
+            plain, mine, true = (
+                model(**given, **cache).last_hidden_state.double()
+                for model, cache in zip((eager, step, exact), caches, strict=True)
+            )
+            assert (mine - true).norm() <= 2 * (plain - true).norm()
+    sites = attnpass.report().sites
+    assert {site.kernel for site in sites} == {"flex"}
+    assert len(sites) == 4
