@@ -25,11 +25,12 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from attnpass.errors import first_line
 from attnpass.graph import tensor
 from attnpass.masks import AddedTerm, MaskProof, Masks
 from attnpass.masks.bias import CERTAIN, TAME, ordinary
 from attnpass.masks.expr import TRUE, Load
+from attnpass.masks.lift import Unliftable
+from attnpass.masks.logic import TooLarge
 from attnpass.masks.settled import Settled
 from attnpass.reasons import Reason, reason
 from attnpass.recognize.meaning import NO_GRADIENT
@@ -60,6 +61,7 @@ class Proved:
     while_tame: WhileTame | None = None  # where that is not proved: it is so as long as data are tame
     steps: tuple[str, ...] = ()  # for the ledger
     bug: str | None = None  # what was lifted is not what the graph computes: a mistake of ours, to be reported
+    errors: tuple[Exception, ...] = ()  # other mistakes of ours, which cost a proof
     held: frozenset[str] = frozenset()  # nodes of held tensors whose content the proof relies on
 
     @property
@@ -94,12 +96,14 @@ def _prove(site: Site, masks: Masks, settled: Settled, held: frozenset[str]) -> 
         return Proved(site=site, expressed=True)  # what it masks, it says itself
     try:
         proof = masks.of_site(site)
+    except (TooLarge, Unliftable) as why:
+        return Proved(site=site, steps=(f"nothing was proved: {why}",))
     except Exception as error:  # no proof is lost but this one; the layers are dense tensors, as found
-        return Proved(site=site, bug=f"the masks could not be looked at: {first_line(error)}")
+        return Proved(site=site, errors=(error,))
     steps = tuple(_short(step) for step in proof.steps)
     if proof.agreed is False:
         refused = dataclasses.replace(site, obstacles=(*site.obstacles, reason("mask_disagrees", detail=proof.check)))
-        return Proved(site=refused, steps=steps, bug=proof.check)
+        return Proved(site=refused, steps=steps, bug=proof.check, errors=proof.errors)
     terms = _terms(site.layers, proof)
     active = [pair for pair in zip(site.layers, terms, strict=True) if not _idle(*pair, proof)]
     rows = _rows(site, active, proof, settled)

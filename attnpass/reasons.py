@@ -117,6 +117,11 @@ CATALOGUE: dict[str, Entry] = {
         "the value filled in where the mask is off is not a known number",
         "Use a constant fill such as -inf.",
     ),
+    "overflows": Entry(
+        _R,
+        "a mask or bias that is finite where it is added may be infinite in {dtype}, to which scores are cast later",
+        "Add it after the cast, in that dtype, or use -inf.",
+    ),
     "not_floating": Entry(_R, "the scores are {dtype}", "Complex and integer scores are left alone."),
     "empty_tensor": Entry(_R, "an axis has no elements", "Nothing to gain."),
     "single_key": Entry(_R, "the softmax runs over one element", "It is always 1; nothing to gain."),
@@ -262,6 +267,17 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "verify_failed": Entry(
         _D, "the rewritten graph failed its check: {detail}", "The site was put back. Please report it."
+    ),
+    "verify_worse": Entry(
+        _D,
+        "tried against float64, {kernel} is worse than the original: {what} on {inputs} inputs, error {replacement}, "
+        "the original's {original}, allowed {allowed}",
+        "verify=True has put the site back. Please report it, with what `attnpass bisect` writes.",
+    ),
+    "verify_raised": Entry(
+        _D,
+        "tried, {kernel} fails on {inputs} inputs, where the original does not: {detail}",
+        "verify=True has put the site back. Please report it.",
     ),
     "failed": Entry(_D, "the pass failed here and left the graph as it was: {detail}", "Please report it."),
 }

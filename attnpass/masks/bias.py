@@ -85,7 +85,7 @@ class Split:
 
 def dominates(value: float, dtype: torch.dtype) -> bool:
     """A number that takes a key's weight away beside ordinary scores."""
-    return value <= ASSUMED or (value <= torch.finfo(dtype).min and dtype.is_floating_point)
+    return value <= ASSUMED or (dtype.is_floating_point and value <= torch.finfo(dtype).min)
 
 
 def split(tree: Tree, dtype: torch.dtype, factor: float = 1.0) -> Split:

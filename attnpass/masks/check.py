@@ -17,9 +17,9 @@ from torch._C._functorch import _vmap_decrement_nesting
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from attnpass.forms import data_inputs
 from attnpass.masks.sizes import Sizes
 from attnpass.masks.writes import VMAP, Writes
+from attnpass.shape_readers import data_inputs
 
 MAX_ELEMENTS = 4 << 20
 _SKIPPED = {"_assert_tensor_metadata", "sym_constrain_range_for_size", "_assert_scalar", "_assert_async"}
@@ -118,6 +118,7 @@ class Replay:
         if node.op == "get_attr" and module is not None:
             held = getattr(module, str(node.target), None)
             if isinstance(held, torch.Tensor) and not isinstance(held, torch._subclasses.FakeTensor):
+                self._shape(held)  # not a copy of what is too large to be looked at
                 return held.detach().cpu().clone()
         val = node.meta.get("val")
         if not isinstance(val, torch.Tensor):

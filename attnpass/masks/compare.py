@@ -58,12 +58,15 @@ class Comparison:
         nodes = self.lifter.nodes
         try:
             replay.run({t.node for t in terms} | {nodes[name] for name in sources}, self.when)
-            return self._compared(replay, structure, terms, lifted, keep)
         except NotRun as why:
             return f"not run: {why}"
         except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError) as why:
             # the operations themselves reject random data or the CPU; that says nothing about the proof
             return f"not run: {type(why).__name__}: {str(why).splitlines()[0] if str(why) else ''}"
+        try:
+            return self._compared(replay, structure, terms, lifted, keep)
+        except NotRun as why:
+            return f"not run: {why}"
 
     def _compared(
         self,
@@ -91,7 +94,8 @@ class Comparison:
             else:
                 parts = split(as_tree(value), actual.dtype, term.factor)
                 kept = evaluate(parts.keep)
-                lowest = max(ASSUMED, torch.finfo(actual.dtype).min)
+                floating = actual.dtype.is_floating_point  # integers may be added, too
+                lowest = max(ASSUMED, torch.finfo(actual.dtype).min) if floating else ASSUMED
                 wrong = int((~kept & ~(actual.double() * term.factor <= lowest)).sum())
                 wrong += differing(torch.where(kept, actual.double(), 0), torch.where(kept, evaluate(parts.bias), 0))
                 if wrong:

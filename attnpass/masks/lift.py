@@ -382,11 +382,11 @@ def bind(node: Node) -> dict[str, Any]:
 def as_tree(value: Value) -> Tree:
     """A value that is no boolean."""
     if is_bool(value):
-        raise Unliftable("bool")
+        raise Unliftable("a boolean that is added or compared")
     return value  # type: ignore[return-value]
 
 
 def as_bool(value: Value) -> Bool:
     if not is_bool(value):
-        raise Unliftable("not bool")
+        raise Unliftable("a number as a condition")
     return value  # type: ignore[return-value]

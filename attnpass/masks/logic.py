@@ -35,11 +35,12 @@ from attnpass.masks.expr import (
 from attnpass.masks.ranges import nonneg, positive
 
 MAX_LEAVES = 64
+MAX_PARTS = 32  # of a conjunction or disjunction: each is compared with each other
 _BOOL = (BConst, Ge, Eq, Not, And, Or)
 
 
 class TooLarge(Exception):
-    """A decision with more leaves than it is worth to follow; the caller keeps the tensor opaque."""
+    """A decision with more leaves, or a mask of more parts, than it is worth to follow: it is kept opaque."""
 
 
 def is_bool(e: Value) -> bool:
@@ -169,6 +170,8 @@ def _join(args: tuple[Bool, ...], is_and: bool) -> Bool:
     work: list[Bool] = []
     for arg in args:
         work.extend(arg.args if isinstance(arg, kind) else (arg,))
+    if len(work) > MAX_PARTS:
+        raise TooLarge(f"a mask of more than {MAX_PARTS} parts")
     kept: list[Bool] = []
     while work:
         new = work.pop(0)

@@ -42,6 +42,7 @@ class MaskProof:
     contents: frozenset[str]  # nodes of constant tensors that were read for what they hold
     loads: tuple[tuple[Node, Load], ...]  # the opaque tensors that the mask and what is added still read, and where
     check: str  # "agreed ...", "disagreed ...", "not run: ..."
+    errors: tuple[Exception, ...] = ()  # mistakes in rules
     frame: Frame
     sizes: Sizes = field(repr=False)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, Node
 
+from attnpass.errors import first_line
 from attnpass.masks import lift_choice, lift_create, lift_gather, lift_pointwise, lift_views, lift_vmap
 from attnpass.masks.bias import ASSUMED, CERTAIN, describe, split
 from attnpass.masks.compare import Comparison
@@ -118,11 +119,11 @@ class Masks:
         position = self.lifter.writes.position
         when = len(position) if reader is None else position[reader]
         self.lifter.reset()
-        failures: list[str] = []
+        failures: dict[str, Exception] = {}
         lifted = [self._lift(term, when, failures) for term in terms]
         proof = self._prove(terms, lifted, frame, keep, sink)
         if failures:
-            return proof.checked(f"disagreed: {'; '.join(failures)}")
+            return replace(proof.checked(f"disagreed: {'; '.join(failures)}"), errors=tuple(failures.values()))
         if not self._check:
             return proof
         check = Comparison(self.lifter, frame, when).check(proof.structure, terms, lifted, keep)
@@ -131,15 +132,15 @@ class Masks:
             proof = self._prove(terms, opaque, frame, keep, sink)
         return proof.checked(check)
 
-    def _lift(self, term: Term, when: int, failures: list[str]) -> Value:
+    def _lift(self, term: Term, when: int, failures: dict[str, Exception]) -> Value:
         """The term as an expression. Its reader may see the tensor itself, even if that is written later."""
         try:
             return self.lifter.read(term.node, term.index, when)
         except Unliftable as why:
             reason = str(why)
         except Exception as why:  # a mistake in a rule costs this mask its proof, and is reported
-            reason = f"lifting {term.node.name} failed: {type(why).__name__}: {why}"
-            failures.append(reason)
+            reason = f"lifting {term.node.name} failed: {first_line(why)}"
+            failures[reason] = why
         self.lifter.reset()
         return self.lifter.load(term.node, term.index, reason)
 

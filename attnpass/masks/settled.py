@@ -13,11 +13,11 @@ import torch
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 
-from attnpass.forms import data_inputs
 from attnpass.masks.bias import TAME
 from attnpass.masks.check import NotRun, Replay
 from attnpass.masks.expr import Load
 from attnpass.masks.lift import Lifter
+from attnpass.shape_readers import data_inputs
 
 _MAX_ELEMENTS = 1 << 16
 

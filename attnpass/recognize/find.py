@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
-from attnpass.errors import Refuse
+from attnpass.errors import Refuse, first_line
 from attnpass.graph import State, tensor
 from attnpass.recognize import scores as _rules  # noqa: F401  importing registers the rules
 from attnpass.recognize.assemble import Place, assemble
@@ -31,6 +31,7 @@ class Lost:
     at: Node | None
     reached: tuple[str, ...]
     refusal: Refuse
+    error: Exception | None = None  # a mistake of a rule: it costs this softmax its site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,9 @@ def find(graph: Graph, default: State) -> Finding:
             sites.append(_recognise(anchor, place, lookahead, trail))
         except Refuse as why:
             lost.append(Lost(anchor=anchor.node, at=why.node, reached=tuple(trail), refusal=why))
+        except Exception as error:
+            refusal = Refuse("failed", anchor.node, detail=first_line(error))
+            lost.append(Lost(anchor=anchor.node, at=None, reached=tuple(trail), refusal=refusal, error=error))
     return Finding(sites=tuple(sites), lost=tuple(lost), live=live)
 
 
@@ -92,8 +96,13 @@ def _site(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail: list
     scaling = scales.read(anchor, source, layout, over) if scaled else None
     if scaled and scaling is None:
         raise Refuse("no_product_after", anchor.node, op="nothing")
+    reader = tensor(anchor.reader)
     start = Inner(
-        node=source, layout=layout, factor=Factor(anchor.base), sink=None if scaling is None else scaling.sink
+        node=source,
+        layout=layout,
+        factor=Factor(anchor.base),
+        sink=None if scaling is None else scaling.sink,
+        narrowest=val.dtype if reader is None or not reader.is_floating_point() else reader.dtype,  # softmax(dtype=...)
     )
     try:
         found = walker.walk(start)

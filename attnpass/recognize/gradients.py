@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch.fx import Graph, Node
 
-from attnpass.forms import data_inputs
 from attnpass.graph import State, state_of, value
 from attnpass.recognize.purity import Effects
+from attnpass.shape_readers import data_inputs
 
 
 def mark_gradients(graph: Graph, default: State, effects: Effects) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch.fx import Node
 
-from attnpass.forms import reads_form_only
 from attnpass.recognize.purity import Effects
+from attnpass.shape_readers import reads_shape_only
 
 
 def escaping(
@@ -21,7 +21,7 @@ def escaping(
             if user in live and user not in region and _leaves(user, region, kept, live):
                 found[user] = None
     readers = sorted(found, key=effects.position.__getitem__)
-    form = tuple(node for node in readers if reads_form_only(node, inner))
+    form = tuple(node for node in readers if reads_shape_only(node, inner))
     return form, tuple(node for node in readers if node not in form)
 
 

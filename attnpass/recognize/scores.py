@@ -11,7 +11,6 @@ of the walk). It may raise Refuse. Each says why crossing the operation is allow
 from __future__ import annotations
 
 import dataclasses
-import math
 import operator
 from typing import Any
 
@@ -22,16 +21,11 @@ from attnpass.errors import Refuse
 from attnpass.graph import same, tensor
 from attnpass.recognize import views
 from attnpass.recognize.axes import atoms
-from attnpass.recognize.ops import bound, number_in, op_name, pair
+from attnpass.recognize.fills import floating, multiplied_mask
+from attnpass.recognize.ops import bound, op_name, pair
+from attnpass.recognize.ranges import less_range
 from attnpass.recognize.walk import Found, Inner, Sink, Walker, register_rule
-from attnpass.site import Factor, Fill, Layer, Layout, Placed
-
-
-def _floating(at: Inner) -> torch.dtype:
-    val = tensor(at.node)
-    if val is None or not val.is_floating_point():
-        raise Refuse("not_floating", at.node, dtype="no tensor" if val is None else str(val.dtype).split(".")[-1])
-    return val.dtype
+from attnpass.site import Factor, Placed
 
 
 @register_rule(*views.VIEWS)
@@ -42,22 +36,30 @@ def crossed_view(w: Walker, at: Inner) -> Inner:
 
 @register_rule(*views.CASTS)
 def cast(w: Walker, at: Inner) -> Inner:
-    # between floating types a cast is the identity up to the rounding that the fused kernel does not do
-    return at.step(_in_another_dtype(w, at, at.node.args[0], "a cast from integers"), at.layout)
+    # between floating types a cast is the identity up to the rounding that the fused kernel does not do, and but for
+    # numbers that only the wider one holds
+    source = _in_another_dtype(w, at, at.node.args[0], "a cast from integers")
+    return at.step(source, at.layout, narrowest=_narrowest(at))
 
 
 @register_rule("copy")
 def copied_over(w: Walker, at: Inner) -> Inner:
     # scores.copy_(new): afterwards it holds what was copied, cast and broadcast; what it held before is gone
     source = _in_another_dtype(w, at, bound(at.node)["src"], "a copy of integers")
-    return at.step(source, w.place(at, source).layout)
+    return at.step(source, w.place(at, source).layout, narrowest=_narrowest(at))
+
+
+def _narrowest(at: Inner) -> torch.dtype:
+    """That of the least range from this cast outwards."""
+    own = floating(at)
+    return own if less_range(own, at.narrowest) else at.narrowest
 
 
 def _in_another_dtype(w: Walker, at: Inner, arg: Any, what: str) -> Node:
     """What is cast here: scores that are floating and on the same device."""
     source = w.read(at.node, arg)
     val, out = tensor(source), tensor(at.node)
-    _floating(at)
+    floating(at)
     if val is None or out is None or not val.is_floating_point():
         raise Refuse("unknown_op", at.node, op=what)
     if val.device != out.device:
@@ -89,7 +91,7 @@ def neg(w: Walker, at: Inner) -> Inner:
 
 @register_rule("mul")
 def mul(w: Walker, at: Inner) -> Inner | Found:
-    _floating(at)
+    floating(at)
     a, b = pair(at.node)
     arms = [(x, y) for x, y in ((a, b), (b, a)) if w.has_product(x)]
     if len(arms) == 2:
@@ -103,7 +105,7 @@ def mul(w: Walker, at: Inner) -> Inner | Found:
 
 @register_rule("div")
 def div(w: Walker, at: Inner) -> Inner:
-    _floating(at)
+    floating(at)
     a, b = pair(at.node)
     if bound(at.node).get("rounding_mode") is not None:
         raise Refuse("nonlinear_scores", at.node, op="a rounding division")
@@ -127,7 +129,7 @@ def _scaled(w: Walker, at: Inner, scores: Any, other: Any, power: int) -> Inner:
 
 @register_rule("add", "sub", "rsub")
 def add(w: Walker, at: Inner) -> Inner | Found:
-    _floating(at)
+    floating(at)
     args = bound(at.node)
     a, b = pair(at.node)
     alpha = args.get("alpha", 1)
@@ -142,7 +144,7 @@ def add(w: Walker, at: Inner) -> Inner | Found:
         raise w.stopped(at)
     arms: list[Inner] = []
     for scores, size, other, other_size in candidates:
-        blended = _multiplied_mask(w, at, scores, size, other, other_size)
+        blended = multiplied_mask(w, at, scores, size, other, other_size)
         if blended is not None:
             arms.append(blended)
             continue
@@ -191,146 +193,6 @@ def _undetached(w: Walker, node: Node) -> Node:
     while op_name(node) == "detach":
         node = w.read(node, node.args[0])
     return node
-
-
-def _multiplied_mask(w: Walker, at: Inner, scores: Any, size: Any, other: Any, other_size: Any) -> Inner | None:
-    """``scores * b + c * (1 - b)`` with b proved to hold only 0 and 1 is ``where(b, scores, c)``."""
-    if not (isinstance(scores, Node) and op_name(scores) == "mul" and size == 1):
-        return None
-    value = None
-    if isinstance(other, Node) and op_name(other) == "mul":
-        for constant, rest in (pair(other), pair(other)[::-1]):
-            c = w.number(constant)
-            if c is not None and isinstance(rest, Node) and isinstance(other_size, int | float):
-                value = (c * other_size, rest)
-    if value is None:
-        return None
-    mask = _one_minus(w, value[1])
-    if mask is None:
-        return None
-    for s, b in (pair(scores), pair(scores)[::-1]):
-        if b is mask and w.has_product(s):
-            if not _is_indicator(w, mask):
-                raise Refuse("score_weights", scores)
-            outer = dataclasses.replace(at, node=scores)
-            layer = _filled(w, outer, mask, off=False, fill=value[0])
-            source = w.read(scores, s)
-            return outer.step(source, w.place(outer, source).layout, layers=(*at.layers, layer))
-    return None
-
-
-def _one_minus(w: Walker, node: Node) -> Node | None:
-    """m when node is 1 - m."""
-    name = op_name(node)
-    if name not in ("rsub", "sub") or bound(node).get("alpha", 1) != 1:
-        return None
-    a, b = pair(node)
-    one, mask = (b, a) if name == "rsub" else (a, b)
-    return mask if w.number(one) == 1 and isinstance(mask, Node) else None
-
-
-_KEEPS_VALUES = views.VIEWS | views.CASTS | {"tril", "triu", "detach"}
-
-
-def _is_indicator(w: Walker, node: Node) -> bool:
-    """Proved to hold only 0 and 1: made from booleans or ones by operations that keep that."""
-    while True:
-        val = tensor(node)
-        if w.effects.written(node):
-            return False
-        if val is not None and val.dtype is torch.bool:
-            return True
-        if w.number(node) in (0.0, 1.0):
-            return True
-        if op_name(node) not in _KEEPS_VALUES or not isinstance(node.args[0], Node):
-            return False
-        node = node.args[0]
-
-
-def _filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: Layout | None = None) -> Layer:
-    """The scores of this step are `fill` wherever `mask` is `off`."""
-    if at.softcap is not None:
-        # tanh of a fill is +-cap: it masks nothing
-        raise Refuse("term_inside_softcap", at.node)
-    if not at.factor.is_number:
-        raise Refuse("fill_not_constant", at.node)
-    source = w.read(at.node, mask)
-    if number_in(fill, _floating(at)) != fill:
-        fill = number_in(fill, _floating(at))
-    total = number_in(fill * at.factor.number, _floating(at))
-    if math.isnan(total) or total == math.inf:
-        raise Refuse("fill_not_constant", at.node)
-    lowest = fill == torch.finfo(_floating(at)).min and at.factor.number >= 1
-    placed = w.term(at, source) if layout is None else Placed(source, layout)
-    return Fill(placed, off, total, _floating(at), lowest)
-
-
-@register_rule("masked_fill")
-def masked_fill(w: Walker, at: Inner) -> Inner:
-    args = bound(at.node)
-    fill = w.number(args["value"])
-    if fill is None:
-        raise Refuse("fill_not_constant", at.node)
-    if not w.has_product(args["self"]):
-        raise w.stopped(at)
-    layer = _filled(w, at, args["mask"], off=True, fill=fill)
-    source = w.read(at.node, args["self"])
-    return at.step(source, w.place(at, source).layout, layers=(*at.layers, layer))
-
-
-@register_rule("index_put", "_unsafe_index_put")
-def boolean_index(w: Walker, at: Inner) -> Inner:
-    # scores[mask] = fill with one boolean index is masked_fill; the index lies on the leading dimensions
-    args = bound(at.node)
-    indices, fill = args["indices"], w.number(args["values"])
-    mask = indices[0] if len(indices) == 1 else None
-    val = tensor(mask) if isinstance(mask, Node) else None
-    if val is None or val.dtype is not torch.bool or args.get("accumulate"):
-        raise Refuse("unknown_arguments", at.node, op="index_put", detail="not one boolean index")
-    if fill is None:
-        raise Refuse("fill_not_constant", at.node)
-    source = w.read(at.node, args["self"])
-    shape = views.shape_of(source)
-    if not all(same(a, b) for a, b in zip(val.shape, shape[: val.dim()], strict=True)):
-        raise Refuse("unknown_arguments", at.node, op="index_put", detail="an index of another shape")
-    layer = _filled(w, at, mask, off=True, fill=fill, layout=w.axes.resolve(at.layout[: val.dim()]))
-    return at.step(source, w.place(at, source).layout, layers=(*at.layers, layer))
-
-
-@register_rule("where")
-def where(w: Walker, at: Inner) -> Inner:
-    args = bound(at.node)
-    if "self" not in args or args.get("condition") is None:
-        raise Refuse("unknown_arguments", at.node, op="where", detail="the form with one argument")
-    condition, yes, no = args["condition"], args["self"], args["other"]
-    in_yes, in_no = w.has_product(yes), w.has_product(no)
-    if in_yes and in_no:
-        raise Refuse("two_score_tensors", at.node)
-    if not in_yes and not in_no:
-        raise w.stopped(at)
-    scores, other = (yes, no) if in_yes else (no, yes)
-    fill = w.number(other)
-    if fill is None:
-        raise Refuse("fill_not_constant", at.node)
-    layer = _filled(w, at, condition, off=not in_yes, fill=fill)
-    source = w.read(at.node, scores)
-    return at.step(source, w.place(at, source).layout, layers=(*at.layers, layer))
-
-
-@register_rule("maximum", "max", "clamp", "clamp_min")
-def floored(w: Walker, at: Inner) -> Inner:
-    # clamping at the lowest finite number changes no score that is a number; only -inf becomes that number
-    args = bound(at.node)
-    if len(args) < 2 or "dim" in args or args.get("max") is not None or at.softcap is not None or at.sink is not None:
-        raise Refuse("nonlinear_scores", at.node, op=op_name(at.node))
-    a, b = pair(at.node)
-    scores, floor = (a, b) if w.has_product(a) else (b, a)
-    if not w.has_product(scores):
-        raise w.stopped(at)
-    if w.number(floor) != torch.finfo(_floating(at)).min:
-        raise Refuse("nonlinear_scores", at.node, op=op_name(at.node))
-    source = w.read(at.node, scores)
-    return at.step(source, w.place(at, source).layout, floored=True)
 
 
 @register_rule("tanh")

@@ -21,14 +21,16 @@ import torch
 from torch.fx import Node
 
 from attnpass.errors import Refuse
-from attnpass.forms import data_inputs
-from attnpass.graph import same, tensor
+from attnpass.graph import dtype_text, same, tensor
 from attnpass.recognize import products, views
 from attnpass.recognize.axes import Axes, atoms
-from attnpass.recognize.ops import describe, is_scalar_node, number, op_name
+from attnpass.recognize.ops import describe, is_scalar_node, number, number_in, op_name
 from attnpass.recognize.products import Product
 from attnpass.recognize.purity import Effects
+from attnpass.recognize.ranges import greatest, holds, less_range
+from attnpass.recognize.values import levels
 from attnpass.recognize.views import shape_of
+from attnpass.shape_readers import data_inputs
 from attnpass.site import Add, Dim, Factor, Layer, Layout, Placed
 
 _MAX_FORKS = 32  # nested sums of products: far more than any model has, and a bound for hostile graphs
@@ -46,11 +48,27 @@ class Inner:
     sink: Placed | None = None
     centred: bool = False  # the row maximum is taken away before anything else happens to the scores
     floored: bool = False  # scores are clamped from below at the lowest finite number
+    weighed: bool = False  # ... are multiplied by a mask of 0 and 1 further out, where an infinity would become NaN
+    narrowest: torch.dtype = torch.float64  # of what the scores are cast to further out, that of the least range
     seen: tuple[Node, ...] = ()  # the nodes crossed, outermost first
+    steps: tuple[float, ...] = ()  # the numbers that `factor` is a product of, outermost first
     forks: int = 0
 
     def step(self, node: Node, layout: Layout, **changes: Any) -> Inner:
+        factor = changes.get("factor")
+        if factor is not None and self.factor.number != 0:
+            changes["steps"] = (*self.steps, factor.number / self.factor.number)
         return dataclasses.replace(self, node=node, layout=layout, seen=(*self.seen, self.node), **changes)
+
+    def largest(self, value: float, dtype: torch.dtype) -> float:
+        """The largest that a number met here becomes on its way out; inf where the factors take it beyond its dtype,
+        even if they would bring it back: ``x * 4.0 * 0.25`` of the lowest number is -inf.
+        """
+        top = abs(value)
+        for step in reversed(self.steps):
+            value = number_in(value * step, dtype)
+            top = max(top, abs(value))
+        return top
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,13 +153,36 @@ class Walker:
             raise Refuse("term_inside_softcap", at.node)
         size = self.factor_of(at, factor, 1)
         known = self.number(term)
+        if at.weighed and not (known is not None and math.isfinite(known)):
+            # what is added may be infinite, and infinity times zero is no number
+            raise Refuse("score_weights", at.node)
         if (known is not None and math.isfinite(known)) or is_scalar_node(term):
             if at.sink is not None:
                 raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="a constant beside a sink")
             # softmax(x + c) == softmax(x) for one finite number c
             return at
+        top = at.largest(1.0, torch.float64)
+        if top > max(1.0, abs(at.factor.number)) * (1 + 1e-6):
+            # a low number that is added may be -inf in between, and stays it
+            raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="scaled up and down again")
         layer = Add(self.term(at, self.read(at.node, term)), at.factor.times(size))
+        if not self._stays_finite(at, layer):
+            raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
         return dataclasses.replace(at, layers=(*at.layers, layer))
+
+    def _stays_finite(self, at: Inner, layer: Add) -> bool:
+        """No finite number of the term becomes infinite by a cast further out, after which a row of them would be NaN
+        and not the mean.
+        """
+        val, own = tensor(layer.tensor.node), tensor(at.node)
+        assert val is not None
+        assert own is not None
+        if not less_range(at.narrowest, own.dtype):
+            return True
+        known = levels(layer.tensor.node, self.effects) if layer.factor.is_number else None
+        if known is None:
+            return layer.factor == Factor() and greatest(val.dtype) <= torch.finfo(at.narrowest).max
+        return all(holds(at.narrowest, v, v * layer.factor.number) for v in known if math.isfinite(v))
 
     def term(self, at: Inner, source: Node) -> Placed:
         """A mask or bias broadcast against the step's node, read before it was expanded: smaller, and no longer tied

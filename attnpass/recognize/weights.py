@@ -13,7 +13,6 @@ from typing import Any
 from torch.fx import Node
 
 from attnpass.errors import Refuse
-from attnpass.forms import reads_form_only
 from attnpass.graph import same, tensor
 from attnpass.recognize import products, views
 from attnpass.recognize.axes import Axes
@@ -21,6 +20,7 @@ from attnpass.recognize.ops import bound, describe, op_name
 from attnpass.recognize.products import Product
 from attnpass.recognize.purity import Effects
 from attnpass.recognize.walk import Sink
+from attnpass.shape_readers import reads_shape_only
 from attnpass.site import Layout
 
 # What changes probabilities but still leads to the values: named apart, because it *is* attention, of another kind.
@@ -75,7 +75,7 @@ class _Walk:
     def follow(self, node: Node, layout: Layout) -> None:
         """All readers of `node`, which holds the probabilities in this layout."""
         for user in node.users:
-            if user not in self.live or reads_form_only(user, {node}):
+            if user not in self.live or reads_shape_only(user, {node}):
                 continue
             try:
                 if user.op == "call_function" and self.effects.value_at(node, user) is not node:

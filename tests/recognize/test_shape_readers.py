@@ -10,7 +10,7 @@ from torch.fx import Node
 
 import attnpass
 from attnpass.capture.exported import audit
-from attnpass.forms import data_inputs, reads_form_only
+from attnpass.shape_readers import data_inputs, reads_shape_only
 from tests.recognize.test_purity import named, trace
 from tests.zoo.case import Plain, qkv
 
@@ -21,8 +21,8 @@ def test_the_form_argument_is_told_from_those_that_are_read() -> None:
     assert data_inputs(named(graph, "ones_like")) == []
     assert data_inputs(named(graph, "expand_as")) == [x]
     assert set(data_inputs(named(graph, "add"))) == {x, y}
-    assert reads_form_only(named(graph, "expand_as"), {y})
-    assert not reads_form_only(named(graph, "expand_as"), {x, y})
+    assert reads_shape_only(named(graph, "expand_as"), {y})
+    assert not reads_shape_only(named(graph, "expand_as"), {x, y})
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -213,6 +213,21 @@ def two_masks_with_unlike_fills(q: T, k: T, v: T, one: T, two: T) -> T:
     return scores.masked_fill(~two, -INF).softmax(-1) @ v
 
 
+@plain("trap 7", Site(scale=0.3, dense=True, empty_rows="nan"), inputs=EMPTY, grad=False, reference="eager")
+def the_lowest_number_scaled_up_and_down_again(q: T, k: T, v: T, keep: T) -> T:
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, torch.finfo(q.dtype).min)
+    return (scores * 4.0 * 0.25).softmax(-1) @ v
+
+
+@plain("trap 7", Miss("unknown_arguments"), inputs=lambda: (*qkv(), noise(3, 5, 7, seed=5, grad=False)), grad=False)
+def a_bias_scaled_up_and_down_again(q: T, k: T, v: T, bias: T) -> T:
+    return ((q @ k.mT * 0.3 + bias) * 4.0 * 0.25).softmax(-1) @ v
+
+
+def with_two_masks() -> tuple[T, T, T, T, T]:
+    return (*qkv(), keep(2, 1, 5, 7), keep(2, 1, 5, 7, seed=11))
+
+
 # -- multiplied masks of openai-gpt ------------------------------------------------------------------------------------
 
 
@@ -250,7 +265,7 @@ def a_multiplied_mask_from_booleans(q: T, k: T, v: T, keep: T) -> T:
 @plain(
     "multiplied-mask",
     Miss("score_weights"),
-    inputs=lambda: (*qkv(), keep(2, 1, 5, 7), keep(2, 1, 5, 7, seed=11)),
+    inputs=with_two_masks,
 )
 def a_multiplied_mask_whose_halves_differ(q: T, k: T, v: T, one: T, two: T) -> T:
     b, c = one.to(q.dtype), two.to(q.dtype)
@@ -260,6 +275,24 @@ def a_multiplied_mask_whose_halves_differ(q: T, k: T, v: T, one: T, two: T) -> T
 @plain("multiplied-mask", Miss("score_weights"), inputs=lambda: (*qkv(), noise(5, 7, seed=12, grad=False).sigmoid()))
 def a_soft_gate_in_the_form_of_a_multiplied_mask(q: T, k: T, v: T, b: T) -> T:
     return (q @ k.mT * 0.3 * b + -1e4 * (1 - b)).softmax(-1) @ v
+
+
+@plain("multiplied-mask", Site(scale=0.3, dense=True, empty_rows="mean", assumed=True), inputs=EMPTY)
+def a_multiplied_mask_that_is_cast_twice(q: T, k: T, v: T, keep: T) -> T:
+    return (q @ k.mT * 0.3 * keep.to(q.dtype) - 1e9 * (1 - keep.to(q.dtype))).softmax(-1) @ v
+
+
+@plain("multiplied-mask", Miss("fill_not_constant"), inputs=with_two_masks, grad=False)
+def infinity_times_zero_is_no_number(q: T, k: T, v: T, one: T, two: T) -> T:
+    # found by random programs: not where(b, scores, -1e9), because -inf * 0 is NaN
+    b = two.to(q.dtype)
+    return ((q @ k.mT * 0.3).masked_fill(~one, -INF) * b - 1e9 * (1 - b)).softmax(-1) @ v
+
+
+@plain("multiplied-mask", Miss("score_weights"), inputs=lambda: (*with_two_masks(), noise(5, 7, seed=5, grad=False)))
+def a_bias_that_may_be_infinite_inside_a_multiplied_mask(q: T, k: T, v: T, one: T, two: T, bias: T) -> T:
+    b = two.to(q.dtype)
+    return ((q @ k.mT * 0.3 + bias) * b - 1e9 * (1 - b)).softmax(-1) @ v
 
 
 # -- torch's safe softmax written out: rows of nothing but -inf are zero ---------------------------------------------

@@ -296,6 +296,11 @@ def a_softcap_held_in_a_buffer() -> Built:
 
 
 @plain("softcap", Miss("nonlinear_scores"))
+def a_negative_softcap(q: T, k: T, v: T) -> T:
+    return (-3.0 * torch.tanh(q @ k.mT * 0.3 / 3.0)).softmax(-1) @ v
+
+
+@plain("softcap", Miss("nonlinear_scores"))
 def two_softcaps(q: T, k: T, v: T) -> T:
     return (torch.tanh(torch.tanh(q @ k.mT * 0.3) * 2.0) * 5.0).softmax(-1) @ v
 
