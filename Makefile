@@ -6,10 +6,11 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 TORCH ?= $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 # Two workers, one thread each: as fast as the tests get on two cores. For one test: make test PYTEST="-k name"
-PYTEST ?= -n 2
+PYTEST ?= -n 2 --dist loadgroup
+DRIFT ?= .venv-drift
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long check format format-check lint types examples nightly recall compile-time docs wheel clean
+.PHONY: help demo test test-long check format format-check lint types examples nightly fuzz mutants recall drift compile-time docs wheel clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -50,14 +51,30 @@ lint: $(VENV)/.stamp-dev ## look for mistakes
 types: $(VENV)/.stamp-dev ## check the types
 	$(PY) -m mypy
 
-examples: $(VENV)/.stamp-dev ## run every example
-	@set -e; for example in examples/*.py; do echo "--- $$example"; $(PY) $$example; done
+examples: $(VENV)/.stamp-dev ## run every example, and look at what it says
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/test_examples.py
 
 nightly: $(VENV)/.stamp-dev ## check 20,000 random programs that make masks
 	ATTNPASS_MASK_EXAMPLES=20000 OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/masks/test_programs.py tests/masks/test_attention_programs.py
 
+# ATTNPASS_FUZZ_EXAMPLES, _SEED, _WORKERS, _DEVICE, _FOLDER: tests/fuzz/__main__.py
+fuzz: $(VENV)/.stamp-dev ## check 20,000 random attention programs, whole and damaged; saves what fails in build/fuzz
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz
+
+mutants: $(VENV)/.stamp-dev ## break the pass on purpose in many ways: the tests must notice each
+	OMP_NUM_THREADS=1 $(PY) -m tests.mutants
+
 recall: $(VENV)/.stamp-dev ## measure which attention is found in transformers, timm and diffusers
 	@set -e; for suite in transformers timm diffusers; do $(PY) -m benchmarks.recall --suite $$suite; done
+
+# newest, whatever constraints.txt says; where torch comes with CUDA libraries these are gigabytes, and a CPU does
+drift: ## run the tests, and models, with the newest torch, transformers, timm and diffusers
+	test -x $(DRIFT)/bin/python || $(PYTHON) -m venv $(DRIFT)
+	$(DRIFT)/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager torch torchvision transformers timm diffusers
+	$(DRIFT)/bin/python -m pip install --quiet -e ".[dev]"
+	$(DRIFT)/bin/python -m pip list 2>/dev/null | grep -iE '^(torch|torchvision|transformers|timm|diffusers) '
+	OMP_NUM_THREADS=1 $(DRIFT)/bin/python -m benchmarks.recall --check --every 4
+	OMP_NUM_THREADS=1 $(DRIFT)/bin/python -m pytest -m "not slow" $(PYTEST)
 
 compile-time: $(VENV)/.stamp-dev ## measure what the pass adds to compile time
 	$(PY) -m benchmarks.compile_time

@@ -15,7 +15,6 @@ kernel which `strict_kernel` demands.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,14 +25,16 @@ import torch
 from torch.fx import GraphModule
 
 from attnpass.ambient import resolved
-from attnpass.capture import frames
-from attnpass.capture.held import Later, guarded
-from attnpass.capture.observe import audit_callable
+from attnpass.capture import fence, frames
+from attnpass.capture.held import ready
+from attnpass.capture.observe import audit_callable, verify_callable
 from attnpass.demands import insist
-from attnpass.errors import AttnpassError
+from attnpass.errors import AttnpassError, first_line
+from attnpass.ledger import Failure
 from attnpass.policy import Policy
+from attnpass.warn import of_failures, once
 
-__all__ = ["audit_callable", "backend"]
+__all__ = ["audit_callable", "backend", "verify_callable"]
 
 Inner = Callable[[GraphModule, Any], Any]
 
@@ -50,19 +51,31 @@ def backend(
     from attnpass.report.trace import trace
 
     setup = Setup.of(mode, options)
-    number = session.reserve()
-    done = frames.process(
-        gm, example_inputs, name=f"graph{number}", policy=setup.policy, rewrite=True, compiled=setup.compiled
-    )
-    session.record(number, done.report)
-    with contextlib.suppress(Exception):  # a trace that cannot be written is no reason not to compile
-        trace(done.report)
-    insist(setup.policy, done.report)
-    other = done.other
-    if other is None:
-        return setup.inner(gm, example_inputs)
-    later = Later(other, example_inputs, setup.inner)
-    return guarded(setup.inner(gm, example_inputs), later, other.relied)
+    number = _attempted(session.reserve)
+    name = "graph" if number is None else f"graph{number}"
+    done = frames.process(gm, example_inputs, name=name, policy=setup.policy, rewrite=True, compiled=setup.compiled)
+    report, compiled = ready(gm, done.report, done.other, example_inputs, setup.inner)
+    if setup.compiled:
+        report = fence.told(report)
+    try:
+        trace(report)
+    except Exception as error:
+        failure = Failure.of(name, "trace", error, "trace")
+        report = dataclasses.replace(report, failures=(*report.failures, failure))
+    _attempted(of_failures, report)
+    if number is not None:
+        _attempted(session.record, number, report)
+    insist(setup.policy, report)
+    return compiled()
+
+
+def _attempted(tell: Callable[..., Any], *args: Any) -> Any:
+    """That nothing can be told of a compilation is no reason not to compile."""
+    try:
+        return tell(*args)
+    except Exception as error:
+        once(f"the report is not complete: {first_line(error)}. The model runs as it should")
+        return None
 
 
 def _reset() -> None:
@@ -99,6 +112,10 @@ class Setup:
 def _inner(inner: Any, patches: Any, mode: str | None) -> Inner:
     if inner == "inductor":
         return _inductor(patches, mode)
+    return fence.within(_other(inner, patches, mode))
+
+
+def _other(inner: Any, patches: Any, mode: str | None) -> Inner:
     if patches is not None:
         raise AttnpassError(f"option 'inductor' has settings for inductor, but 'inner' is {inner!r}")
     if mode is not None:
@@ -124,7 +141,7 @@ def _inductor(patches: Any, mode: str | None) -> Inner:
     if patches is not None and not isinstance(patches, Mapping):
         raise AttnpassError(f"option 'inductor' is a dictionary of inductor's settings, not {patches!r}")
     try:
-        return torch._TorchCompileInductorWrapper(mode, dict(patches or {}), None)  # type: ignore[no-untyped-call]
+        inductor = torch._TorchCompileInductorWrapper(mode, dict(patches or {}), None)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         from torch._inductor import config, list_mode_options
 
@@ -135,6 +152,8 @@ def _inductor(patches: Any, mode: str | None) -> Inner:
             if str(name).replace("-", "_") not in settings:
                 raise AttnpassError(f"inductor has no setting {name!r}{_hint(str(name), settings)}") from error
         raise AttnpassError(f"option 'inductor': {error}") from error
+    inductor.config = fence.inductor_settings(inductor.config)
+    return inductor
 
 
 def _hint(name: str, known: Any) -> str:
