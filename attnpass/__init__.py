@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
+    from attnpass.bisect import Bisection
+    from attnpass.capture.fence import inductor_settings
     from attnpass.kernels import Capabilities, Kernel, register_kernel, unregister_kernel
     from attnpass.recognize import register_rule
 
@@ -38,6 +40,8 @@ __all__ = [
     "Rule",
     "__version__",
     "audit",
+    "bisect",
+    "inductor_settings",
     "policy",
     "register_kernel",
     "register_rule",
@@ -45,6 +49,7 @@ __all__ = [
     "reset",
     "rewrite",
     "unregister_kernel",
+    "verify",
 ]
 
 
@@ -107,6 +112,55 @@ def audit(target: Any, *args: Any, policy: Policy | None = None, **kwargs: Any) 
     return dynamo.audit_callable(target, args, kwargs, policy)
 
 
+def verify(target: Any, *args: Any, policy: Policy | None = None, **kwargs: Any) -> Report:
+    """Try every replacement beside its original, both held to float64, on these arguments and on harder ones.
+
+    The report has the numbers of each site; one that is worse than its original is left as it was. `target` as for
+    :func:`audit`; an ``ExportedProgram`` may come with arguments, else those it was exported with are taken.
+    """
+    from torch.export import ExportedProgram
+    from torch.fx import GraphModule
+
+    from attnpass.capture import aten, dynamo, exported
+
+    if isinstance(target, ExportedProgram):
+        return exported.verify(target, args, kwargs, policy)
+    if isinstance(target, GraphModule) and aten.foreign_call(target) is None and not kwargs:
+        return exported.verify(target, args, kwargs, policy)
+    if not callable(target):
+        raise AttnpassError(f"cannot verify {type(target).__name__}; pass a model, a function or an ExportedProgram")
+    return dynamo.verify_callable(target, args, kwargs, policy)
+
+
+def bisect(
+    target: Any,
+    *args: Any,
+    policy: Policy | None = None,
+    inner: Any = "eager",
+    gradients: bool = False,
+    tolerance: float | None = None,
+    output: str | None = None,
+    **kwargs: Any,
+) -> Bisection:
+    """Find the sites that make the output of a model differ on these arguments, and write each as a file to `output`.
+
+    `gradients`: compare those of the parameters, too. `tolerance`: the difference from the model as it is that is fine,
+    as a share of the largest element; without one the model in float64 is the measure. `inner`: what runs the graphs.
+    """
+    from attnpass.bisect import bisect as search
+
+    if not callable(target):
+        raise AttnpassError(f"cannot bisect {type(target).__name__}; pass a model or a function")
+    options: dict[str, Any] = {
+        "policy": policy,
+        "inner": inner,
+        "gradients": gradients,
+        "tolerance": tolerance,
+        "output": output,
+    }
+    return search(target, args, kwargs, **options)
+
+
 def report() -> Report:
     """What became of every softmax that was compiled in this process since :func:`reset`."""
     from attnpass import session
@@ -124,6 +178,7 @@ def reset() -> None:
 _LATE = {
     "Capabilities": "attnpass.kernels",
     "Kernel": "attnpass.kernels",
+    "inductor_settings": "attnpass.capture.fence",
     "register_kernel": "attnpass.kernels",
     "register_rule": "attnpass.recognize",
     "unregister_kernel": "attnpass.kernels",

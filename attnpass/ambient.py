@@ -22,9 +22,11 @@ from types import MappingProxyType
 from typing import Any
 
 from attnpass.errors import AttnpassError
+from attnpass.files import read_bounded
 from attnpass.policy import Policy
 
 KERNEL, POLICY = "ATTNPASS_KERNEL", "ATTNPASS_POLICY"
+_LONGEST = 1 << 20  # bytes of a policy
 
 _around: ContextVar[Mapping[str, Any]] = ContextVar("attnpass_policy", default=MappingProxyType({}))
 
@@ -80,17 +82,20 @@ def from_text(text: str) -> dict[str, Any]:
     if not text.startswith("{"):
         shown = text
         try:
-            with open(text, encoding="utf-8") as file:
-                written = file.read()
+            written = read_bounded(text, _LONGEST)
         except OSError as error:
             raise AttnpassError(f"{text} cannot be read: {error.strerror}") from error
-        except ValueError as error:
+        except UnicodeDecodeError as error:
             raise AttnpassError(f"{text} is no text") from error
+        except ValueError as error:
+            raise AttnpassError(f"{text!r} is no policy: {error}") from error
     try:
         options = json.loads(written)
     except json.JSONDecodeError as error:
         what = "is empty" if not written.strip() else f"is no JSON, or only part of it: {error}"
         raise AttnpassError(f"{shown} {what}") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; brackets in brackets
+        raise AttnpassError(f"{shown} is no policy: {error}") from error
     if not isinstance(options, dict):
         raise AttnpassError(f'{shown} is no JSON object such as {{"kernel": "flash"}}')
     return options

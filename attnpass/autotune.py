@@ -22,7 +22,6 @@ import math
 import os
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,14 +34,19 @@ from torch.fx import Graph, GraphModule, Node
 from attnpass.choose import Choice
 from attnpass.emit import build
 from attnpass.errors import first_line
+from attnpass.files import is_plain, read_bounded, write_whole
 from attnpass.graph import Shared, tensor, value
 from attnpass.kernels import Kernel
+from attnpass.kernels.identity import identity
 from attnpass.policy import Policy
 from attnpass.prove import Proved
 from attnpass.reasons import reason
 from attnpass.site import Site
 
 _WARM, _TIMED, _RUNS = 3, 5, 10
+_LONGEST = 4096  # bytes of a file of ours
+_SLOWEST = 1e12  # microseconds
+_remarks: list[str] = []  # the last one
 ORIGINAL = "original"
 
 
@@ -73,7 +77,7 @@ def timed(graph: Graph, proved: Proved, kernels: Sequence[Kernel], *, compiled: 
     work.append((ORIGINAL, "", lambda: cut(site.output, set(site.region))))
     for at, (name, version, make) in enumerate(work):
         path = _path(site, name, version, compiled)
-        us = _read(path)
+        us = _read(path, name)
         if us is None:
             print(f"attnpass: timing {name} for {_words(site)} ({at + 1} of {len(work)})", file=sys.stderr, flush=True)
             us = _measured(make, site, compiled)
@@ -229,15 +233,14 @@ def _cuda_us(step: Callable[[], None], grad: bool) -> float:
 
 def _path(site: Site, name: str, version: str, compiled: bool) -> Path:
     """One file for each case, named by everything that the time depends on: nothing is shared, so nothing is locked."""
-    import attnpass
-
     device = site.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {torch.get_num_threads()}"
     layouts = [
-        (str(val.dtype), [str(n) for n in val.shape], [str(n) for n in val.stride()])
+        # a symbol is timed as the number that it was traced with: another number is another case
+        (str(val.dtype), [(str(n), _hint(n)) for n in val.shape], [(str(n), _hint(n)) for n in val.stride()])
         for val in (value(placed.node) for placed in (site.q, site.k, site.v, *(x.placed for x in site.layers)))
     ]
-    whole = (attnpass.__version__, torch.__version__, where, name, version, compiled, repr(site.spec), layouts)
+    whole = (identity(), torch.__version__, where, name, version, compiled, repr(site.spec), layouts)
     return folder() / f"{hashlib.sha256(repr(whole).encode()).hexdigest()[:32]}.json"
 
 
@@ -249,20 +252,36 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "attnpass"
 
 
-def _read(path: Path) -> float | None:
-    """What is kept; None where nothing is that can be read."""
+def _read(path: Path, name: str) -> float | None:
+    """What is kept; None where nothing is that can be read, which is said once if there is something."""
     try:
-        us = json.loads(path.read_text(encoding="utf-8"))["us"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if not is_plain(path):
+            raise ValueError("no ordinary file")
+        kept = json.loads(read_bounded(path, _LONGEST))
+        us = kept["us"]
+        if kept["kernel"] != name or type(us) not in (int, float) or not 0 < us < _SLOWEST:
+            raise ValueError("not what attnpass writes")
+        return float(us)
+    except FileNotFoundError:
         return None
-    return float(us) if isinstance(us, int | float) and 0 < us < math.inf else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _remark(f"{path} is not used, and timed anew: {first_line(error)}")
+        return None
 
 
 def _write(path: Path, us: float, name: str, site: Site) -> None:
-    """Written beside and moved, so that nobody reads half a file."""
     kept = {"us": us, "kernel": name, "case": _words(site)}
-    with contextlib.suppress(OSError):
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".part", delete=False, encoding="utf-8") as part:
-            json.dump(kept, part)
-        Path(part.name).replace(path)
+        if path.is_symlink() or (path.exists() and not is_plain(path)):
+            path.unlink()  # what a link names is not ours to replace, and a pipe would wait for a reader
+        write_whole(path, json.dumps(kept))
+    except OSError as error:
+        _remark(f"{path} is not written: {first_line(error)}")
+
+
+def _remark(text: str) -> None:
+    """The first one of a process: a folder that is not ours would say as much of each file in it."""
+    if not _remarks:
+        print(f"attnpass: {text}", file=sys.stderr, flush=True)
+    _remarks[:] = [text]

@@ -11,6 +11,7 @@ where that is allowed, however it is named, and a kernel that is there to be nam
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,7 @@ class Choice:
     reason: Reason | None
     verdicts: tuple[Verdict, ...]
     asked: tuple[str, ...] = ()  # what the user would have for this site
+    errors: tuple[Exception, ...] = ()  # raised by kernels when they were asked, which they must not
 
 
 def choose(proved: Proved, policy: Policy, fuel: int | None, *, compiled: bool = False) -> Choice:
@@ -47,10 +49,22 @@ def choose(proved: Proved, policy: Policy, fuel: int | None, *, compiled: bool =
     except Exception as error:  # a predicate of the user's: no reason not to run his model
         return Choice(kernels=(), reason=reason("rule_failed", detail=first_line(error)), verdicts=())
     considered = {k.name: k for k in kernels() if not k.only_by_name or k.name in asked}
-    answers = {name: _verdict(k, proved, policy, compiled, named=name in asked) for name, k in considered.items()}
-    willing = {name: answer for name, answer in answers.items() if answer.accepts}
-    if site.existing_call:
-        willing = {name: v for name, v in willing.items() if gained(proved, considered[name], named=name in asked)}
+    answers: dict[str, Verdict] = {}
+    errors: list[Exception] = []
+    for name, kernel in considered.items():
+        try:
+            answers[name] = _verdict(kernel, proved, policy, compiled, named=name in asked)
+        except Exception as error:  # anybody may register a kernel: one that fails here is not taken
+            errors.append(error)
+            answers[name] = Verdict(kernel=name, refusals=(reason("failed", detail=first_line(error)),))
+    willing: dict[str, Verdict] = {}
+    for name, answer in list(answers.items()):
+        if not answer.accepts:
+            continue
+        if not site.existing_call or gained(proved, considered[name], named=name in asked):
+            willing[name] = answer
+        elif name in asked and name != NATIVE:  # which is what the call is already
+            answers[name] = dataclasses.replace(answer, refusals=(reason("unlike_call"),), cost_us=None)
     named, alone = _named(site, asked, willing)
     others = [] if alone else _by_cost([v for v in willing.values() if v.kernel not in named])
     best = [*named, *(v.kernel for v in _gainful(site, others, policy))]
@@ -59,13 +73,14 @@ def choose(proved: Proved, policy: Policy, fuel: int | None, *, compiled: bool =
     if why is None and not best:
         why = reason("not_profitable") if others else reason("kept") if KEEP in asked else _no_kernel(verdicts)
     taken = () if why is not None else tuple(considered[name] for name in best)
-    return Choice(kernels=taken, reason=why, verdicts=verdicts, asked=asked)
+    return Choice(kernels=taken, reason=why, verdicts=verdicts, asked=asked, errors=tuple(errors))
 
 
 def _verdict(kernel: Kernel, proved: Proved, policy: Policy, compiled: bool, *, named: bool) -> Verdict:
     site = proved.site
-    missing = kernel.available()
-    refusals = (*((missing,) if missing else ()), *kernel.refusals(site.spec))
+    refusals = tuple(kernel.refusals(site.spec))
+    if kernel.takes == "tensor" and site.bent:
+        refusals = (*refusals, reason("empty_rows", detail="gradients through the soft cap"))
     if kernel.takes == "forms":
         refusals = (*refusals, *unsaid(proved, kernel))
     if kernel.takes == "functions":
@@ -73,10 +88,11 @@ def _verdict(kernel: Kernel, proved: Proved, policy: Policy, compiled: bool, *, 
         refusals = (*uncompiled, *refusals, *obstacles(proved, while_tame=True))
     if kernel.can.approximate and not policy.allow_approximate:
         refusals = (*refusals, reason("approximate"))
-    in_place_of_a_call = site.existing_call and named and kernel.name != NATIVE
-    if in_place_of_a_call and not refusals and not gained(proved, kernel, named=True):
-        refusals = (reason("unlike_call"),)
-    refusals = tuple(dict.fromkeys(refusals))  # one width too wide is as good as two
+    # packages are imported only for a site that they would serve, or to tell who asked for one that it is missing
+    missing = kernel.available() if named or not refusals else None
+    refusals = tuple(
+        dict.fromkeys((*((missing,) if missing else ()), *refusals))
+    )  # one width too wide is as good as two
     return Verdict(kernel=kernel.name, refusals=refusals, cost_us=None if refusals else kernel.cost(site.spec))
 
 

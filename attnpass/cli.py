@@ -1,8 +1,8 @@
-"""The command line: ``attnpass audit | rewrite | kernels | reasons | demo``.
+"""The command line: ``attnpass audit | rewrite | verify | bisect | kernels | reasons | demo``.
 
     stdout    the result: a report, a table, or JSON with --json
     stderr    progress (on a terminal only), and one line when something is wrong
-    status    0 fine, 1 nothing replaced, 2 an error
+    status    0 fine, 1 nothing replaced, 2 an error; `verify` and `bisect` have further ones
 
 Whatever a user can get wrong is an :class:`AttnpassError` with one line that says what and what to do; anything else is
 a defect of this package and says so, in one line as well.
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attnpass
-from attnpass import cli_files, cli_kernels
+from attnpass import cli_files, cli_kernels, cli_verify
 from attnpass.ambient import from_text
 from attnpass.errors import AttnpassError
 
@@ -79,6 +79,45 @@ def _audit(options: argparse.Namespace) -> int:
     return _show(report, options)
 
 
+def _verify(options: argparse.Namespace) -> int:
+    _import_also(options.imports)
+    if cli_files.is_factory(options.target):
+        with _quietly(), _progress(options, f"making {options.target}"):
+            made = cli_files.make(options.target)
+        with _quietly(), _progress(options, "capturing, and trying every replaced site"), _policy(options):
+            report = attnpass.verify(made.model, *made.args, **made.kwargs)
+    else:
+        _need_file(options.target)
+        with _quietly(), _progress(options, f"loading {options.target}"):
+            program = cli_files.load(options.target).program
+        with _quietly(), _progress(options, "trying every replaced site"), _policy(options):
+            report = attnpass.verify(program)
+    _write_html(report, options)
+    if options.json:
+        print(report.to_json())
+    elif not options.quiet:
+        _print(cli_verify.shown(report))
+    return cli_verify.status(report)
+
+
+def _bisect(options: argparse.Namespace) -> int:
+    _import_also(options.imports)
+    if not cli_files.is_factory(options.target):
+        raise AttnpassError(
+            f"{options.target!r} is not {cli_files.FACTORY_FORM}; a model is run as it is and rewritten"
+        )
+    with _quietly(), _progress(options, f"making {options.target}"):
+        made = cli_files.make(options.target)
+    search = {"inner": options.inner, "gradients": options.gradients, "tolerance": options.tolerance}
+    with _quietly(), _progress(options, "running the model with more and fewer sites replaced"), _policy(options):
+        found = attnpass.bisect(made.model, *made.args, output=options.output, **search, **made.kwargs)
+    if options.json:
+        print(json.dumps(cli_verify.bisection_row(found), indent=2, allow_nan=False))
+    elif not options.quiet:
+        _print(cli_verify.bisection(found))
+    return cli_verify.bisection_status(found)
+
+
 def _rewrite(options: argparse.Namespace) -> int:
     _import_also(options.imports)
     cli_files.check_output(options.output)
@@ -96,11 +135,15 @@ def _rewrite(options: argparse.Namespace) -> int:
     return _show(report, options)
 
 
-def _show(report: Report, options: argparse.Namespace) -> int:
+def _write_html(report: Report, options: argparse.Namespace) -> None:
     if options.html is not None:
         from attnpass.report.html import to_html
 
         cli_files.write_text(options.html, to_html(report))
+
+
+def _show(report: Report, options: argparse.Namespace) -> int:
+    _write_html(report, options)
     if options.json:
         print(report.to_json())
     elif not options.quiet and sys.stdout.isatty():
@@ -254,7 +297,8 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument(
         "--policy", metavar="JSON", help="""further options, or a file of them: '{"rules": {"*.cross_attn": "keep"}}'"""
     )
-    models.add_argument("--html", metavar="FILE", help="write the report as one self-contained page, too")
+    page = argparse.ArgumentParser(add_help=False)
+    page.add_argument("--html", metavar="FILE", help="write the report as one self-contained page, too")
 
     parser = argparse.ArgumentParser(
         prog="attnpass",
@@ -265,16 +309,53 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     audit = commands.add_parser(
-        "audit", parents=[common, models], help="say what would become of every softmax, and why"
+        "audit", parents=[common, models, page], help="say what would become of every softmax, and why"
     )
     audit.add_argument(
         "target", metavar="MODEL", help=f"model.pt2, or {cli_files.FACTORY_FORM} that returns (model, args[, kwargs])"
     )
     audit.set_defaults(run=_audit)
 
+    verify = commands.add_parser(
+        "verify",
+        parents=[common, models, page],
+        help="try every replacement beside its original, both against float64",
+        description="Run every replaced site both ways, on the real inputs and on harder ones, and hold both to "
+        "float64. Exit status: 0 all are fine, 1 nothing would be replaced, 2 an error, 3 a site is worse than its "
+        "original and would be left, 4 a site could not be tried.",
+    )
+    verify.add_argument(
+        "target", metavar="MODEL", help=f"model.pt2, or {cli_files.FACTORY_FORM} that returns (model, args[, kwargs])"
+    )
+    verify.set_defaults(run=_verify)
+
+    bisect = commands.add_parser(
+        "bisect",
+        parents=[common, models],
+        help="find the sites that make a model's output differ, and write each as a file that shows it",
+        description="Run a model with all sites replaced, with half of them, and so on. Exit status: 0 nothing "
+        "differs, 1 no site is replaced, 2 an error, 3 sites were found that make the output differ.",
+    )
+    bisect.add_argument(
+        "target", metavar="MODEL", help=f"{cli_files.FACTORY_FORM} that returns (model, args[, kwargs])"
+    )
+    bisect.add_argument("--gradients", action="store_true", help="compare the gradients of the parameters, too")
+    bisect.add_argument(
+        "--tolerance",
+        type=float,
+        metavar="X",
+        help="allow a difference from the model as it is of this share of the largest element; without it the model "
+        "in float64 is the measure",
+    )
+    bisect.add_argument("--inner", default="eager", metavar="NAME", help="what runs the graphs: eager, or inductor ...")
+    bisect.add_argument(
+        "-o", "--output", default="attnpass_repro.py", metavar="FILE", help="the file to write (default: %(default)s)"
+    )
+    bisect.set_defaults(run=_bisect)
+
     rewrite = commands.add_parser(
         "rewrite",
-        parents=[common, models],
+        parents=[common, models, page],
         help="write a program with its attention replaced",
         description="Write a program with its attention replaced. Where nothing can be replaced, OUT is a copy and "
         "the exit status is 1.",

@@ -15,6 +15,7 @@ import importlib
 import io
 import logging
 import os
+import struct
 import sys
 import tempfile
 import traceback
@@ -25,7 +26,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from attnpass.cli_pickles import only_tensors, refused, safely
 from attnpass.errors import AttnpassError
+from attnpass.files import write_whole
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
@@ -160,7 +163,7 @@ def load(path: str) -> Loaded:
     extra: dict[str, Any] = {"": None}  # torch fills it with all there is, unless it is empty
     causes: list[BaseException] = []
     try:
-        with _overheard(causes):
+        with _overheard(causes), safely():
             program = torch.export.load(path, extra_files=extra)
         del extra[""]
         return Loaded(program, extra)
@@ -178,7 +181,8 @@ def _look_inside(path: str) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:
+            only_tensors(path, archive)
+    except (zipfile.BadZipFile, EOFError, struct.error, NotImplementedError, UnicodeDecodeError):
         raise AttnpassError(f"{path} is no .pt2 file, or only part of one; {again}") from None
     except OSError as error:
         raise AttnpassError(f"{path} cannot be read: {error.strerror}") from error
@@ -219,6 +223,9 @@ def _why_not_loaded(path: str, error: BaseException) -> str:
     import torch
 
     text = str(error)
+    unsafe = refused(path, error)
+    if unsafe is not None:
+        return unsafe
     if "failed to resolve" in text:
         op = text.partition("failed to resolve ")[2].split(" ")[0]
         return f"{path} uses {op}, which is not registered here; name the package that defines it with --import"
@@ -264,6 +271,6 @@ def save(loaded: Loaded, path: str) -> None:
 def write_text(path: str, text: str) -> None:
     """Write a small file whole."""
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        write_whole(path, text)
     except OSError as error:
         raise AttnpassError(f"{path} cannot be written: {error.strerror}") from error

@@ -28,7 +28,7 @@ def insist(policy: Policy, report: Report) -> None:
     texts = [f"{_several(names)}: {why}" for why, names in places.items()]
     if policy.kernel is not None or policy.rules:
         # what a graph that failed holds is not known, so it is not known to be as asked either
-        texts += [f"{f.graph}: {f.stage} failed: {(f.text.strip().splitlines() or [''])[-1]}" for f in report.failures]
+        texts += [f"{f.graph}: {f.stage} failed: {f.line}" for f in report.failures if f.part is None]
     if texts:
         raise AttnpassError("strict_kernel: no kernel that was asked for serves\n  " + "\n  ".join(texts))
 

@@ -7,6 +7,7 @@ turns it into a ledger entry.
 
 from __future__ import annotations
 
+import traceback
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,3 +32,11 @@ def first_line(error: Exception) -> str:
     """An exception in one line, for the ledger."""
     text = str(error).strip().partition("\n")[0]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+_INNERMOST = 40  # frames of a traceback: of a recursion without end the last ones tell as much as all of them
+
+
+def traced(error: Exception) -> str:
+    """An exception with its traceback, for the ledger: innermost frames only, and no more than a page or two."""
+    return "".join(traceback.format_exception(error, limit=-_INNERMOST, chain=False)).rstrip()

@@ -61,9 +61,7 @@ def obstacles(proved: Proved, *, while_tame: bool = False) -> Iterator[Reason]:
         yield reason("bias_gradient")
     if site.spec.device == "cpu" and any(_symbolic(node) for node, _ in proof.loads):
         yield reason("no_fused_form", detail="a mask of symbolic size on the CPU")
-    answered = site.rows is EmptyRow.MEAN and site.sink is None
-    if answered and site.flows and site.softcap is not None:
-        # the gradient of such a row is not linear in the scores any more (layers.py)
+    if site.bent:
         yield reason("empty_rows", detail="gradients through the soft cap")
 
 

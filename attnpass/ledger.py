@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from attnpass.errors import traced
 from attnpass.reasons import Reason
 from attnpass.spec import AttentionSpec
 
@@ -43,8 +44,8 @@ class Verdict:
 
     @property
     def absent(self) -> bool:
-        """It cannot run on this machine, whatever the spec."""
-        return any(refusal.code == "unavailable" for refusal in self.refusals)
+        """It cannot run on this machine, or not on this device, whatever else the spec says."""
+        return any(refusal.code in ("unavailable", "device") for refusal in self.refusals)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,19 @@ class Saves:
 
     bytes: int | None = None
     us: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """Original and replacement, both held to float64, on one kind of inputs: where the replacement does worst."""
+
+    inputs: str  # "real", "huge" ...: attnpass/trial/inputs.py
+    what: str  # "result", or "gradient" (the worst one)
+    original: float  # its error; infinity where it is no number and the true result is one
+    replacement: float
+    allowed: float  # for the replacement
+    worse: bool
+    detail: str = ""  # what it raised
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +85,8 @@ class Decision:
     assumptions: tuple[str, ...] = ()
     proofs: tuple[str, ...] = ()  # what was proved about the mask, and how
     saves: Saves = field(default_factory=Saves)
+    trials: tuple[Trial, ...] = ()  # with verify=True
+    untried: str | None = None  # why verify=True could try less than it does elsewhere, or nothing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,11 +103,23 @@ class Miss:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """A stage that failed: the graph was left as it was."""
+    """A stage that failed: the graph was left as it was, or one part of it did without what failed."""
 
     graph: str
     stage: str
-    text: str
+    text: str  # the traceback
+    part: str | None = None  # what did without: a site, a miss ...; None: the whole graph was left as it was
+    known: bool = False  # a documented limit, no defect of ours
+
+    @classmethod
+    def of(cls, graph: str, stage: str, error: Exception, part: str | None = None) -> Failure:
+        return cls(graph=graph, stage=stage, text=traced(error), part=part)
+
+    @property
+    def line(self) -> str:
+        """The exception itself: what follows the last frame of the traceback."""
+        last = self.text.rpartition("Traceback (most recent call last):\n")[2]
+        return next((line for line in last.splitlines() if line and not line[0].isspace()), "")
 
 
 @dataclass(frozen=True)

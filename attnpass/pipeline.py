@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch.fx import Graph, Node
@@ -37,6 +37,9 @@ from attnpass.spelling import spelling_hash
 from attnpass.standin import stand_ins
 from attnpass.verify import checked
 
+if TYPE_CHECKING:
+    from attnpass.trial import Examiner
+
 
 @dataclass(frozen=True, kw_only=True)
 class Replacement:
@@ -50,7 +53,7 @@ class Replacement:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What the pass did to one graph."""
+    """What the pass did to one graph; a failure of the whole graph means that it is not to be used."""
 
     decisions: tuple[Decision, ...] = ()
     misses: tuple[Miss, ...] = ()
@@ -58,6 +61,10 @@ class Outcome:
     notes: tuple[str, ...] = ()
     replacements: tuple[Replacement, ...] = field(default=())
     relies_on: Mapping[str, frozenset[str]] = field(default_factory=dict)  # of replaced sites: held tensors, by node
+
+    @property
+    def failed(self) -> bool:
+        return any(failure.part is None for failure in self.failures)
 
 
 def run(
@@ -70,21 +77,33 @@ def run(
     constants: Mapping[str, torch.Tensor] | None = None,
     held: Mapping[str, torch.Tensor] | None = None,
     compiled: bool = False,
+    examiner: Examiner | None = None,
+    left: Collection[str] = (),
 ) -> Outcome:
     """Run the pass on one graph in place; with rewrite=False only decide.
 
     `constants` are tensors that are part of the code, by the name of their node; `held` are tensors of the model that
-    hold these values now, and that the caller watches. `compiled`: inductor will compile the graph.
+    hold these values now, and that the caller watches. `compiled`: inductor will compile the graph. `examiner` tries
+    what was built before any use is moved; what is worse than the original is put back. `left`: sites, by id, that are
+    not to be replaced (for bisection).
 
     Nested graphs are the caller's: each is a graph of its own here. Dead nodes are left in the graph for the caller to
     erase, because only he knows what else refers to them.
     """
     stage = "recognize"
+    finding: Finding | None = None
+    failures: list[Failure] = []
     try:
         finding = find(graph, state)
+        failures += [
+            Failure.of(name, stage, lost.error, f"{name}.m{i}")
+            for i, lost in enumerate(finding.lost)
+            if lost.error is not None
+        ]
         misses = tuple(_miss(lost, f"{name}.m{i}", name) for i, lost in enumerate(finding.lost))
         decisions: list[Decision] = []
         pairs: list[tuple[str, Node, Node]] = []
+        built: list[tuple[Proved, Choice]] = []
         relies_on: dict[str, frozenset[str]] = {}
         stage = "prove"
         # all proofs before the first insertion: they speak of the graph as it was found
@@ -96,19 +115,33 @@ def run(
         )
         shared = Shared()
         for i, proved in enumerate(proofs):
+            id_ = f"{name}.s{i}"
+            failures += [Failure.of(name, "prove", error, id_) for error in proved.errors]
             stage = "choose"
             fuel = None if policy.fuel is None else policy.fuel - sum(d.replaced for d in decisions)
-            choice = choose(proved, policy, fuel, compiled=compiled)
+            choice = choose(proved, policy, 0 if id_ in left else fuel, compiled=compiled)
+            failures += [Failure.of(name, stage, error, id_) for error in choice.errors]
             if policy.autotune:
                 stage = "autotune"
-                choice = fastest_first(graph, proved, choice, policy, compiled=compiled)
+                try:
+                    choice = fastest_first(graph, proved, choice, policy, compiled=compiled)
+                except Exception as error:  # then the kernels come in the order that is expected
+                    failures.append(Failure.of(name, stage, error, id_))
             stage = "rewrite"
-            decision, moved = _carry_out(graph, proved, choice, shared, f"{name}.s{i}", name)
+            decision, moved, errors = _carry_out(graph, proved, choice, shared, id_, name)
+            failures += [Failure.of(name, stage, error, id_) for error in errors]
             decisions.append(decision)
             pairs += [(decision.id, old, new) for old, new in moved]
+            built.append((proved, choice))
             if moved and proved.held:
                 relies_on[decision.id] = proved.held
         stage = "verify"
+        if examiner is not None:
+            decisions = _tried(graph, decisions, built, pairs, examiner, policy)
+            kept = {decision.id for decision in decisions if decision.replaced}
+            _take_back(graph, [new for id_, _, new in pairs if id_ not in kept])
+            pairs = [pair for pair in pairs if pair[0] in kept]
+            relies_on = {id_: names for id_, names in relies_on.items() if id_ in kept}
         if rewrite:
             for _, old, new in pairs:
                 old.replace_all_uses_with(new)
@@ -119,12 +152,35 @@ def run(
         return Outcome(
             decisions=tuple(decisions),
             misses=misses,
+            failures=tuple(failures),
             notes=notes,
             replacements=replacements,
             relies_on=relies_on,
         )
-    except Exception:
-        return Outcome(failures=(Failure(graph=name, stage=stage, text=traceback.format_exc()),))
+    except Exception as error:
+        return _failed(finding, name, first_line(error), (*failures, Failure.of(name, stage, error)))
+
+
+def _failed(finding: Finding | None, name: str, why: str, failures: tuple[Failure, ...]) -> Outcome:
+    """Nothing was done; what had been found by then is told."""
+    if finding is None:
+        return Outcome(failures=failures)
+    decisions = (
+        Decision(
+            id=f"{name}.s{i}",
+            graph=name,
+            where=where(site.anchor),
+            spec=site.spec,
+            replaced=False,
+            reason=reason("failed", detail=why),
+        )
+        for i, site in enumerate(finding.sites)
+    )
+    misses = (_miss(lost, f"{name}.m{i}", name) for i, lost in enumerate(finding.lost))
+    try:
+        return Outcome(decisions=tuple(decisions), misses=tuple(misses), failures=failures)
+    except Exception:  # what failed may be what would tell
+        return Outcome(failures=failures)
 
 
 def _surrounded(site: Site) -> Site:
@@ -135,7 +191,7 @@ def _surrounded(site: Site) -> Site:
 
 def _carry_out(
     graph: Graph, proved: Proved, choice: Choice, shared: Shared, id_: str, name: str
-) -> tuple[Decision, list[tuple[Node, Node]]]:
+) -> tuple[Decision, list[tuple[Node, Node]], list[Exception]]:
     """Build and check the replacement of one site: what is to be read in place of what. No use is touched yet."""
     site = proved.site
     decision = Decision(
@@ -149,20 +205,38 @@ def _carry_out(
         verdicts=choice.verdicts,
         proofs=proved.steps,
     )
+    errors: list[Exception] = []
     for kernel in choice.kernels:
         try:
             moved = _replaced(graph, proved, kernel, shared)
         except Refuse as why:
             failed = reason(why.code, **why.details)
         except Exception as error:
+            errors.append(error)
             failed = reason("failed", detail=first_line(error))
         else:
-            return _done(decision, site, kernel), moved
+            return _done(decision, site, kernel), moved, errors
         # the next best may do
         decision = dataclasses.replace(
             decision, reason=decision.reason or failed, verdicts=_refused(decision.verdicts, kernel, failed)
         )
-    return decision, []
+    return decision, [], errors
+
+
+def _tried(
+    graph: Graph,
+    decisions: Sequence[Decision],
+    made_from: Sequence[tuple[Proved, Choice]],
+    pairs: Sequence[tuple[str, Node, Node]],
+    examiner: Examiner,
+    policy: Policy,
+) -> list[Decision]:
+    """The decisions after each replacement has been run beside its original."""
+    from attnpass.trial import built_sites, judged
+
+    ends = {id_: new for id_, _, new in pairs}  # of a site's pairs the last one is its output
+    tried = examiner(graph, built_sites(decisions, made_from, ends))
+    return [judged(decision, tried.get(decision.id), policy) for decision in decisions]
 
 
 def _refused(verdicts: tuple[Verdict, ...], kernel: Kernel, why: Reason) -> tuple[Verdict, ...]:

@@ -78,6 +78,7 @@ class Policy:
     allow_approximate: bool = False  # kernels that compute in fewer bits than their inputs have
     autotune: bool = False  # time the kernels that would serve, once for each case, in place of expecting
     min_gain: float = 0.0  # share of the expected time that has to be saved; kernels asked for by name need not
+    verify: bool = False  # try every replaced site against float64, and put back what is worse than the original
     strict: bool = False  # every assumption becomes a refusal
     trust_buffers: bool = False  # exported programs: buffers will go on holding the masks that they hold now
     fuel: int | None = None  # rewrite only the first n sites of each graph (for bisection)

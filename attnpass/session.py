@@ -1,7 +1,11 @@
-"""What was compiled in this process: one report for each graph, in the order in which the graphs came."""
+"""What was compiled in this process: one report for each graph, in the order in which the graphs came.
+
+A process that compiles for ever keeps the last thousand of them; the report says how many it has forgotten.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 
@@ -9,10 +13,13 @@ from torch._guards import CompileContext
 
 from attnpass.ledger import Report, merge
 
+_KEPT = 1000
+
 _lock = threading.Lock()
 _numbers = itertools.count()
 _reports: dict[int, Report] = {}
 _attempts: dict[int, tuple[object, int]] = {}  # which attempt at which compilation a graph belongs to
+_forgotten = 0
 
 
 def reserve() -> int:
@@ -35,20 +42,32 @@ def reserve() -> int:
 
 def record(number: int, report: Report) -> None:
     """Keep what became of a graph."""
+    global _forgotten
     with _lock:
         _reports[number] = report
+        while len(_reports) > _KEPT:
+            oldest = min(_reports)
+            del _reports[oldest]
+            _forgotten += 1
+        while len(_attempts) > _KEPT:
+            del _attempts[min(_attempts)]
 
 
 def report() -> Report:
     """All graphs since the last reset, as one."""
     with _lock:
-        return merge(_reports[number] for number in sorted(_reports))
+        whole = merge(_reports[number] for number in sorted(_reports))
+    if not _forgotten:
+        return whole
+    note = f"only the last {_KEPT} graphs are told of; {_forgotten} before them are forgotten"
+    return dataclasses.replace(whole, notes=(*whole.notes, note))
 
 
 def reset() -> None:
     """Forget all graphs; numbers start anew."""
-    global _numbers
+    global _numbers, _forgotten
     with _lock:
+        _forgotten = 0
         _reports.clear()
         _attempts.clear()
         _numbers = itertools.count()

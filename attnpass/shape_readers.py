@@ -1,4 +1,4 @@
-"""Operations that read of an argument nothing but its form: shape, dtype, device. Its elements make no difference.
+"""Operations that read of an argument nothing but its shape, dtype and device. Its elements make no difference.
 
     ones_like(scores)   scores.new_zeros(...)   mask.expand_as(scores)   bias.type_as(scores)   sym_size(scores, -1)
 
@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-_FORM_ONLY = {
+_SHAPE_ONLY = {
     **dict.fromkeys(("zeros_like", "ones_like", "full_like", "empty_like"), "self"),
     **dict.fromkeys(("new_zeros", "new_ones", "new_full", "new_empty"), "self"),
     **dict.fromkeys(("sym_size", "sym_numel"), "self"),
@@ -24,12 +24,12 @@ _FORM_ONLY = {
 
 
 @cache
-def _form_argument(target: Any) -> tuple[int, str] | None:
+def _shape_argument(target: Any) -> tuple[int, str] | None:
     """Where the argument stands of which `target` reads only the form."""
     if not isinstance(target, torch._ops.OpOverload):
         return None
     namespace, name = target._schema.name.split("::")
-    wanted = "other" if (name, target._overloadname) == ("to", "other") else _FORM_ONLY.get(name)
+    wanted = "other" if (name, target._overloadname) == ("to", "other") else _SHAPE_ONLY.get(name)
     for index, argument in enumerate(target._schema.arguments):
         if namespace == "aten" and argument.name == wanted:
             return index, argument.name
@@ -38,7 +38,7 @@ def _form_argument(target: Any) -> tuple[int, str] | None:
 
 def data_inputs(node: Node) -> list[Node]:
     """The inputs of a node without those of which it reads only the form."""
-    at = _form_argument(node.target) if node.op == "call_function" else None
+    at = _shape_argument(node.target) if node.op == "call_function" else None
     if at is None:
         return node.all_input_nodes
     index, name = at
@@ -50,6 +50,6 @@ def data_inputs(node: Node) -> list[Node]:
     return list(found)
 
 
-def reads_form_only(node: Node, tensors: set[Node]) -> bool:
+def reads_shape_only(node: Node, tensors: set[Node]) -> bool:
     """Of these tensors, `node` reads nothing but the form."""
     return tensors.isdisjoint(data_inputs(node))

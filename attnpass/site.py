@@ -146,6 +146,13 @@ class Site:
         return self.spec.grad and all(layer.additive for layer in self.layers if isinstance(layer, Fill))
 
     @property
+    def bent(self) -> bool:
+        """The gradient that reaches the scores of a row without a key goes on through a soft cap, which is not linear:
+        what answers such rows (layers.py) does not have it.
+        """
+        return self.rows is EmptyRow.MEAN and self.sink is None and self.flows and self.softcap is not None
+
+    @property
     def rows(self) -> EmptyRow:
         """What has to be answered where a query has no key: spec.empty_rows, unless that is waived."""
         return EmptyRow.IMPOSSIBLE if self.waived else self.spec.empty_rows

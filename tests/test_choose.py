@@ -153,6 +153,18 @@ def test_a_kernel_that_is_there_to_be_named_is_not_considered_otherwise(fake: Ma
     assert kernels_of(report_of(kernel="pinned")) == ["pinned"] * 3
 
 
+def test_a_package_is_looked_for_only_where_its_kernel_would_serve_or_is_named(fake: Make) -> None:
+    kernel = fake("narrow", missing="narrow is not installed", max_width=4)
+    looked: list[str] = []
+    kernel.available = lambda: looked.append(kernel.name)  # type: ignore[method-assign, assignment, func-returns-value]
+    report = attnpass.audit(program())
+    assert not looked
+    codes = {r.code for site in report.sites for v in site.verdicts if v.kernel == "narrow" for r in v.refusals}
+    assert codes == {"head_width"}
+    attnpass.audit(program(), policy=Policy(kernel="narrow"))
+    assert looked
+
+
 def test_a_known_kernel_that_is_not_registered_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attnpass.kernels, "_registered", [Native()])
     report = report_of(kernel="flash_3")

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram, export
 import attnpass
 from attnpass import cli
 from attnpass.capture.dynamo import backend
-from attnpass.capture.held import Held, guarded
+from attnpass.capture.held import Held, Watched, guarded
 
 LENGTH, WIDTH, HEADS = 48, 32, 4
 SDPA = "scaled_dot_product_attention"
@@ -369,13 +369,13 @@ def test_auditing_sees_what_compiling_does() -> None:
 
 def _check(tensor: Tensor) -> tuple[Callable[..., Any], list[str]]:
     ran: list[str] = []
-    run = guarded(lambda *_: ran.append("proved"), lambda *_: ran.append("other"), [Held("bias", tensor, 1)])
+    run = guarded(lambda *_: ran.append("proved"), lambda *_: ran.append("other"), [Watched(Held("bias", tensor, 1))])
     return run, ran
 
 
 def test_the_check_is_cheap() -> None:
     tensor = lower_triangle(1024)
-    run = guarded(lambda *_: None, lambda *_: None, [Held("bias", tensor, 0)])
+    run = guarded(lambda *_: None, lambda *_: None, [Watched(Held("bias", tensor, 0))])
     bare = min(timeit.repeat(lambda: (lambda *_: None)(tensor), number=1000, repeat=20))
     spent = min(timeit.repeat(lambda: run(tensor), number=1000, repeat=20))
     assert (spent - bare) / 1000 < 5e-6

@@ -143,6 +143,15 @@ def test_rows_without_a_key_may_be_waived(fill: float) -> None:
     torch.testing.assert_close(waived.module()(*qkv(), pad)[1], true[1])
 
 
+def test_strict_allows_no_assumption() -> None:
+    pad = torch.ones(B, S, dtype=torch.bool)
+    for fill, replaced in ((-1e9, 0), (-INF, 1)):
+        report = rewritten(padded(fill), *qkv(), pad, strict=True)[1]
+        assert report.replaced == replaced, fill
+        assert [site.reason.code for site in report.sites if site.reason] == ["strict"] * (1 - replaced)
+    assert rewritten(padded(-1e9), *qkv(), pad)[1].replaced == 1
+
+
 def test_what_may_be_waived_is_checked() -> None:
     with pytest.raises(AttnpassError, match="'exact' or 'dont_care'"):
         Policy.from_options({"empty_rows": "zero"})
@@ -195,7 +204,9 @@ def test_a_proof_that_fails_costs_only_itself(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(Masks, "of_site", fails)
     program, report = rewritten(attend, *qkv())
     assert report.replaced == 1
-    assert "a mistake of ours" in report.notes[0]
+    (failure,) = report.failures
+    assert (failure.stage, failure.part) == ("prove", "program.s0")
+    assert failure.line == "RuntimeError: a mistake of ours"
     torch.testing.assert_close(program.module()(*qkv()), attend(*qkv()))
 
 

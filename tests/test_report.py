@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from attnpass.ledger import Decision, Failure, Miss, Report, Saves, Verdict, Where
+from attnpass.ledger import Decision, Failure, Miss, Report, Saves, Trial, Verdict, Where
 from attnpass.reasons import reason
 from attnpass.report import words
 from attnpass.report.group import group_misses, group_sites, pattern
@@ -67,6 +67,10 @@ def miss(id_: str, where: Where, shape_hash: str = "ab", **details: str) -> Miss
     )
 
 
+def trial(inputs: str, what: str = "result", replacement: float = 2e-7, worse: bool = False) -> Trial:
+    return Trial(inputs=inputs, what=what, original=1e-7, replacement=replacement, allowed=5e-6, worse=worse)
+
+
 def full_report() -> Report:
     """One of everything."""
     causal = dataclasses.replace(PLAIN, mask=MaskSpec(causal=0))
@@ -85,6 +89,7 @@ def full_report() -> Report:
         assumptions=("scores stay far above the mask's fill of -1e+09",),
         verdicts=(Verdict(kernel="native", cost_us=310.0),),
         saves=Saves(us=1250.0),
+        trials=(trial("real"), trial("random", what="gradient", replacement=3e-6), trial("padding_nan", worse=True)),
     )
     pool = site(
         "g1.s0",
@@ -99,11 +104,30 @@ def full_report() -> Report:
     head = site(
         "g1.s1", at("head", None, None), replaced=False, kernel=None, reason=reason("weights_used", op="output")
     )
+    worse = reason(
+        "verify_worse",
+        kernel="native",
+        what="result",
+        inputs="real",
+        original="1e-07",
+        replacement="0.5",
+        allowed="5e-06",
+    )
+    back = site(
+        "g1.s2",
+        at("tail"),
+        replaced=False,
+        kernel=None,
+        reason=worse,
+        verdicts=(Verdict(kernel="native", refusals=(worse,)),),
+        trials=(trial("real", replacement=0.5, worse=True), trial("random", replacement=math.inf, worse=True)),
+        untried="no inputs to run the model on are known here",
+    )
     routers = tuple(miss(f"g0.m{i}", at(f"layers.{i}.router", 12, "/home/me/moe.py")) for i in (1, 3, 5, 7))
     trace_back = 'Traceback (most recent call last):\n  File "x.py", line 1, in f\nRuntimeError: boom <&>\n'
     return Report(
         torch="2.13.0",
-        sites=(*layers, cross, pool, head),
+        sites=(*layers, cross, pool, head, back),
         misses=routers,
         failures=(Failure(graph="g2", stage="rewrite", text=trace_back),),
         notes=("g3: not lowered",),
@@ -347,10 +371,22 @@ SCHEMA = {
             "assumptions": [TEXT],
             "proofs": [TEXT],
             "saves": {"bytes": (int, OR_NULL), "us": (int, float, OR_NULL)},
+            "trials": [
+                {
+                    "inputs": TEXT,
+                    "what": {"result", "gradient"},
+                    "original": (int, float, OR_NULL),
+                    "replacement": (int, float, OR_NULL),
+                    "allowed": (int, float, OR_NULL),
+                    "worse": TRUTH,
+                    "detail": TEXT,
+                }
+            ],
+            "untried": (str, OR_NULL),
         }
     ],
     "misses": [{"id": TEXT, "graph": TEXT, "where": WHERE, "reached": [TEXT], "reason": REASON, "shape_hash": TEXT}],
-    "failures": [{"graph": TEXT, "stage": TEXT, "text": TEXT}],
+    "failures": [{"graph": TEXT, "part": (str, OR_NULL), "stage": TEXT, "text": TEXT}],
     "notes": [TEXT],
 }
 
@@ -451,8 +487,8 @@ def test_the_page_is_whole_and_loads_nothing():
     assert "url(" not in page
     assert "default-src 'none'" in page
     assert "prefers-color-scheme: dark" in page
-    # 12 equal layers, one cross attention, two left, one kind of miss
-    assert sum(tag == "details" for tag, _ in parser.tags) == 5
+    # 12 equal layers, one cross attention, two left, one put back, one kind of miss
+    assert sum(tag == "details" for tag, _ in parser.tags) == 6
 
 
 def test_the_page_says_what_the_text_says_and_more():

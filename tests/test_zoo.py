@@ -69,7 +69,9 @@ def measured(case: Case) -> tuple[Run, Run]:
 
 
 def by_case(cases: list[Case]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("case", cases, ids=lambda case: case.name)
+    """All tests of one case in one worker, which exports and measures it once."""
+    params = [pytest.param(case, id=case.name, marks=pytest.mark.xdist_group(case.name)) for case in cases]
+    return pytest.mark.parametrize("case", params)
 
 
 @by_case(EXPORTED)

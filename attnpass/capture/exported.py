@@ -16,9 +16,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, overload
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from torch.export import ExportedProgram
@@ -27,19 +27,24 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnpass import pipeline
 from attnpass.ambient import resolved
-from attnpass.capture import aten
+from attnpass.capture import actual, aten, fence
 from attnpass.capture.held import Held, relying
+from attnpass.capture.record import not_looked_into, reported, undone, untold
 from attnpass.demands import insist, unmatched
 from attnpass.errors import AttnpassError, first_line
 from attnpass.graph import State, fake_mode_of, matters
-from attnpass.ledger import Decision, Failure, Report
+from attnpass.ledger import Failure, Report
 from attnpass.masks.content import forget
 from attnpass.masks.writes import Writes
 from attnpass.pipeline import Outcome, Replacement
 from attnpass.policy import Policy
-from attnpass.reasons import Reason, reason
+from attnpass.reasons import reason
 from attnpass.recognize.gradients import mark_gradients
 from attnpass.recognize.purity import Effects
+from attnpass.warn import of_failures
+
+if TYPE_CHECKING:
+    from attnpass.trial import Examiner
 
 Program = TypeVar("Program", ExportedProgram, GraphModule)
 
@@ -61,15 +66,16 @@ def rewrite(
     """A copy with every attention replaced that can be, and the report; `example_inputs` only for a GraphModule that
     carries no shapes.
     """
-    job = _Job(resolved(policy), rewrite=True)
+    job = _Job(resolved(policy), rewrite=True, inputs=actual.of_call(program, example_inputs))
     done: ExportedProgram | GraphModule
     if isinstance(program, ExportedProgram):
         done, report = _rewrite_program(program, job)
     else:
         gm = _prepared(program, example_inputs)
         done, report = job.process(gm, "graph", State()), job.report()
+    of_failures(report)
     insist(job.policy, report)
-    return done, report
+    return done, fence.told(report, fence.UNFENCED)
 
 
 def audit(
@@ -79,13 +85,33 @@ def audit(
     example_inputs: Sequence[Any] | None = None,
 ) -> Report:
     """What `rewrite` would do, and why; nothing is changed."""
-    job = _Job(resolved(policy), rewrite=False)
+    job = _Job(resolved(policy), rewrite=False, inputs=actual.of_call(program, example_inputs))
     if isinstance(program, ExportedProgram):
-        job.constants, job.buffers = _constants(program), _buffers(program)
+        job.read(program)
         job.process(program.graph_module, "program", State())
     else:
         job.process(_prepared(program, example_inputs), "graph", State())
     report = job.report()
+    insist(job.policy, report)
+    return report
+
+
+def verify(
+    program: ExportedProgram | GraphModule, args: Sequence[Any], kwargs: Mapping[str, Any], policy: Policy | None = None
+) -> Report:
+    """What `rewrite` does with ``verify=True`` on these arguments; the program stays as it is. Without arguments those
+    that it was exported with are taken.
+    """
+    job = _Job(dataclasses.replace(resolved(policy), verify=True), rewrite=True)
+    job.inputs = actual.of_call(program, (args, kwargs) if args or kwargs else None)
+    if isinstance(program, ExportedProgram):
+        if job.inputs is None and (args or kwargs):
+            raise AttnpassError("the program does not take these arguments; it was exported for others")
+        report = _rewrite_program(program, job)[1]
+    else:
+        gm = _prepared(program, args or None)
+        job.process(gm, "graph", State())
+        report = job.report()
     insist(job.policy, report)
     return report
 
@@ -103,16 +129,16 @@ def _prepared(program: GraphModule, example_inputs: Sequence[Any] | None) -> Gra
 
 
 def _rewrite_program(program: ExportedProgram, job: _Job) -> tuple[ExportedProgram, Report]:
-    job.named = frozenset(_names_kept(program))
-    job.constants, job.buffers = _constants(program), _buffers(program)
-    gm = job.process(program.graph_module, "program", State())
     try:
+        job.read(program)
+        gm = job.process(program.graph_module, "program", State())
         new = _with_graph(program, gm)
         new._validate()  # type: ignore[no-untyped-call]
         return new, job.report()
     except Exception as error:  # torch's verifier, or ours: the user gets an intact copy and the reason
+        job.outcomes += untold(program.graph_module, "program", job.told, reason("failed", detail=first_line(error)))
         intact = aten.clone(program.graph_module, aten.copy_graph(program.graph))
-        return _with_graph(program, intact), job.report(undone=first_line(error))
+        return _with_graph(program, intact), job.report(invalid=error)
 
 
 def _with_graph(program: ExportedProgram, gm: GraphModule) -> ExportedProgram:
@@ -174,14 +200,37 @@ class _Job:
     constants: dict[str, torch.Tensor] = field(default_factory=dict)  # inputs of the top graph: literals of the code
     buffers: dict[str, Held] = field(default_factory=dict)  # ... and buffers of the model
     outcomes: list[Outcome] = field(default_factory=list)
+    told: set[GraphModule] = field(default_factory=set)  # those that have an outcome
+    inputs: list[Any] | None = None  # of the top graph, to try sites on
+
+    def read(self, program: ExportedProgram) -> None:
+        """What a program says beside its graphs. Without the names that are kept it cannot be rewritten."""
+        self.named = frozenset(_names_kept(program))
+        try:
+            self.constants, self.buffers = _constants(program), _buffers(program)
+        except Exception as error:  # then they are data
+            self.constants, self.buffers = {}, {}
+            self.outcomes.append(Outcome(failures=(Failure.of("program", "capture", error, "constants"),)))
 
     def process(
         self, gm: GraphModule, name: str, state: State, *, settled: bool = True, grad: bool = False
     ) -> GraphModule:
-        """A copy of `gm` with its graph and those inside it rewritten.
+        """A copy of `gm` with its graph and those inside it rewritten, or as they were.
 
         `settled`: it runs under this state only. `grad`: gradients may flow back through what it is called with.
         """
+        before = len(self.outcomes)
+        try:
+            return self._process(gm, name, state, settled=settled, grad=grad)
+        except Exception as error:
+            failure = Failure.of(name, "capture", error)
+            why = reason("failed", detail=failure.line)
+            self.outcomes[before:] = [undone(outcome, why) for outcome in self.outcomes[before:]]
+            self.outcomes.append(Outcome(failures=(failure,)))
+            self.outcomes += untold(gm, name, self.told, why)
+            return aten.clone(gm, aten.copy_graph(gm.graph))
+
+    def _process(self, gm: GraphModule, name: str, state: State, *, settled: bool, grad: bool) -> GraphModule:
         candidate = aten.copy_graph(gm.graph)
         aten.mark_states(candidate, state)
         if grad:
@@ -194,13 +243,17 @@ class _Job:
         # read from the original: a fused site never holds a call of a body
         bodies = list(aten.bodies(gm, state))
         flows = _flowing(candidate, state) if bodies else frozenset()
-        outcome = self._run(candidate, name, state, rewrite=self.rewrite and settled)
+        outcome = self._run(gm, candidate, name, state, rewrite=self.rewrite and settled)
         if not settled:
-            outcome = _undone(outcome, reason("mixed_state"))
-        if outcome.failures:
+            outcome = undone(outcome, reason("mixed_state"))
+        if outcome.failed:
             candidate = aten.copy_graph(gm.graph)
+            if not outcome.decisions and not outcome.misses:
+                why = reason("failed", detail=outcome.failures[-1].line)
+                outcome = not_looked_into(gm, name, why, outcome.failures)
         aten.unmark(candidate)
         self.outcomes.append(outcome)
+        self.told.add(gm)
         new = aten.clone(gm, candidate)
         for body in bodies:
             inner = self.process(
@@ -213,7 +266,7 @@ class _Job:
             aten.put_module(new, body.path, inner)
         return new
 
-    def _run(self, graph: Graph, name: str, state: State, *, rewrite: bool) -> Outcome:
+    def _run(self, gm: GraphModule, graph: Graph, name: str, state: State, *, rewrite: bool) -> Outcome:
         """The pass on one graph in place; after a failure nothing is replaced and the graph is not to be used."""
         guards = _Guards.of(graph)
         outcome = Outcome()
@@ -228,17 +281,26 @@ class _Job:
                 rewrite=rewrite,
                 constants=constants,
                 held={node: one.tensor for node, one in held.items()},
+                examiner=self._examiner(gm, graph, name) if self.policy.verify else None,
             )
             outcome, _ = relying(outcome, held, checked=False)
             sweep(graph, outcome.replacements, self.named if "." not in name else frozenset())
             graph.lint()
             guards.check()
         except Exception as error:
-            text = first_line(error)
-            failure = Failure(graph=name, stage="export", text=text)
-            outcome = _undone(outcome, reason("failed", detail=text))
+            failure = Failure.of(name, "export", error)
+            outcome = undone(outcome, reason("failed", detail=first_line(error)))
             outcome = dataclasses.replace(outcome, failures=(*outcome.failures, failure))
         return outcome
+
+    def _examiner(self, gm: GraphModule, graph: Graph, name: str) -> Examiner:
+        from attnpass.trial import Examiner
+
+        if "." in name:
+            return Examiner()
+        known = {node: held.tensor for node, held in self.buffers.items()} | self.constants
+        real = actual.of_program(gm, graph, self.inputs) if self.inputs is not None else None
+        return Examiner(real=real, fixed=frozenset(self.constants), known=known)
 
     def _trusted(self, graph: Graph) -> dict[str, Held]:
         """Nobody will look at the buffers of a program again, so their content is an assumption, made on request."""
@@ -249,19 +311,14 @@ class _Job:
         written = {node.name for node in graph.nodes if node.op == "placeholder" and writes.to(node)}
         return {name: held for name, held in self.buffers.items() if name not in written}
 
-    def report(self, *, undone: str | None = None) -> Report:
-        outcomes = self.outcomes
-        failures = [failure for outcome in outcomes for failure in outcome.failures]
-        if undone is not None:
-            outcomes = [_undone(outcome, reason("verify_failed", detail=undone)) for outcome in outcomes]
-            failures.append(Failure(graph="program", stage="validate", text=undone))
-        report = Report(
-            torch=torch.__version__,
-            sites=tuple(site for outcome in outcomes for site in outcome.decisions),
-            misses=tuple(miss for outcome in outcomes for miss in outcome.misses),
-            failures=tuple(failures),
-            notes=tuple(note for outcome in outcomes for note in outcome.notes),
-        )
+    def report(self, *, invalid: Exception | None = None) -> Report:
+        """What became of all graphs; `invalid`: why none of them was changed after all."""
+        outcomes, failures = self.outcomes, tuple[Failure, ...]()
+        if invalid is not None:
+            why = reason("verify_failed", detail=first_line(invalid))
+            outcomes = [undone(outcome, why) for outcome in outcomes]
+            failures = (Failure.of("program", "validate", invalid),)
+        report = reported(outcomes, failures)
         return dataclasses.replace(report, notes=(*report.notes, *unmatched(self.policy, report)))
 
 
@@ -313,14 +370,3 @@ class _Guards:
         assumed = [str(expr) for expr in new if matters(expr)]
         if assumed or len(self.env.replacements) != self.replacements:
             raise RuntimeError(f"the rewrite would hold only under a new condition on sizes: {', '.join(assumed)}")
-
-
-def _undone(outcome: Outcome, why: Reason) -> Outcome:
-    """The outcome of a graph that was put back: its sites are known, none is replaced."""
-
-    def put_back(decision: Decision) -> Decision:
-        if not decision.replaced:
-            return decision
-        return dataclasses.replace(decision, replaced=False, kernel=None, reason=why)
-
-    return dataclasses.replace(outcome, decisions=tuple(map(put_back, outcome.decisions)), replacements=())

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._ops import HigherOrderOperator
@@ -24,18 +24,22 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnpass import pipeline
 from attnpass.capture import aten
-from attnpass.capture.calls import is_softmax, worth_lowering
+from attnpass.capture.calls import worth_lowering
 from attnpass.capture.held import Held, Other, candidates, relying
-from attnpass.capture.lower import Shadow, lower
-from attnpass.capture.splice import attach, copied, splice
+from attnpass.capture.lower import Shadow, Unlowerable, lower
+from attnpass.capture.record import not_looked_into, reported, undone, untold, with_lost
+from attnpass.capture.splice import Unspliceable, attach, copied, detach, splice
 from attnpass.capture.template import guards_known, no_new_guards
 from attnpass.capture.values import shape_env
 from attnpass.errors import first_line
-from attnpass.graph import State, where
-from attnpass.ledger import Failure, Miss, Report
+from attnpass.graph import State
+from attnpass.ledger import Failure, Report
 from attnpass.pipeline import Outcome
 from attnpass.policy import Policy
-from attnpass.reasons import Reason, reason
+from attnpass.reasons import reason
+
+if TYPE_CHECKING:
+    from attnpass.trial import Examiner, Watch
 
 # Higher-order operations that run their bodies once, as if written in their place.
 _ENTERED = frozenset(
@@ -73,21 +77,25 @@ def process(
     policy: Policy,
     rewrite: bool,
     compiled: bool = False,
+    left: Collection[str] = (),
+    watch: Watch | None = None,
 ) -> Processed:
     """Rewrite a Dynamo graph in place (or only decide), and say what became of each softmax; `compiled`: inductor
-    will compile it.
+    will compile it; `left`: sites, by id, that are not to be replaced; `watch` is shown what sites are tried on.
     """
-    frame = _Frame(policy=policy, rewrite=rewrite, compiled=compiled)
+    frame = _Frame(policy=policy, rewrite=rewrite, compiled=compiled, left=left, watch=watch)
+    stage = "capture"
     try:
         # fake tensors made in inference mode could not stand for ordinary ones
         state = ambient()
         with torch.inference_mode(False), torch.set_grad_enabled(state.grad), _without_collecting():
             frame.visit(gm, name, state, example_inputs)
-        other = frame.other()
+        other = frame.other(name)
+        stage = "commit"
         frame.commit()
     except Exception as error:
         other = None
-        frame.take_back(name, "commit", error)
+        frame.take_back(gm, name, Failure.of(name, stage, error))
     return Processed(frame.report(), other)
 
 
@@ -116,11 +124,15 @@ class _Frame:
     policy: Policy
     rewrite: bool
     compiled: bool
+    left: Collection[str] = ()
+    watch: Watch | None = None
+    inside: dict[GraphModule, Sequence[Any]] = field(default_factory=dict)  # what graphs inside others are called with
     outcomes: list[Outcome] = field(default_factory=list)
     changed: list[tuple[GraphModule, Graph]] = field(default_factory=list)
     seen: set[GraphModule] = field(default_factory=set)
+    told: set[GraphModule] = field(default_factory=set)  # those that have an outcome
     relied: tuple[Held, ...] = ()  # by the graph that was visited first: inputs of those inside it are not known
-    unproved: tuple[GraphModule, Graph] | None = None  # that graph as it is without relying on anything
+    unproved: tuple[GraphModule, Graph, Outcome] | None = None  # that graph as it is without relying on anything
 
     def visit(
         self,
@@ -139,6 +151,7 @@ class _Frame:
         if worth_lowering(gm):
             outcome = self._run(gm, name, state, example_inputs, grad=grad, rewrite=self.rewrite and settled)
             self.outcomes.append(outcome if settled else undone(outcome, reason("mixed_state")))
+            self.told.add(gm)
         for path, body in _bodies(gm, state).items():
             if body.module in self.seen:
                 continue
@@ -147,11 +160,14 @@ class _Frame:
                 self._leave(body.module, inner, body.why)
                 continue
             one_state = len(body.states) == 1
+            self._enter(gm, example_inputs, path, body.module)
             self.visit(body.module, inner, body.states[0], grad=body.grad, settled=settled and one_state)
+            self.inside.pop(body.module, None)
 
     def _leave(self, gm: GraphModule, name: str, why: str) -> None:
         self.seen.add(gm)
-        self.outcomes.append(_all_missed(gm, name, why))
+        self.outcomes.append(not_looked_into(gm, name, reason("not_lowered", detail=why)))
+        self.told.add(gm)
         for path, body in _bodies(gm, State()).items():
             if body.module not in self.seen:
                 self._leave(body.module, f"{name}.{path}", why)
@@ -161,8 +177,12 @@ class _Frame:
     ) -> Outcome:
         outcome, graph, relied = self._pass(gm, name, state, example_inputs, grad=grad, rewrite=rewrite)
         if graph is not None and relied:
-            _, plain, _ = self._pass(gm, name, state, example_inputs, grad=grad, rewrite=rewrite, look=False)
-            self.relied, self.unproved = relied, (gm, plain or copied(gm.graph))
+            without, plain, _ = self._pass(gm, name, state, example_inputs, grad=grad, rewrite=rewrite, look=False)
+            self.relied, self.unproved = relied, (gm, plain or copied(gm.graph), without)
+            # what fails there leaves that graph as it was, and not this one
+            apart = (dataclasses.replace(f, part=f.part or f"{name}, when buffers change") for f in without.failures)
+            failures = dict.fromkeys((*outcome.failures, *apart))
+            outcome = dataclasses.replace(outcome, failures=tuple(failures))
         if graph is not None:
             self.changed.append((gm, graph))
         return outcome
@@ -205,9 +225,16 @@ class _Frame:
                     rewrite=rewrite,
                     held=tensors,
                     compiled=self.compiled,
+                    examiner=self._examiner(gm, shadow, example_inputs, tensors),
+                    left=self.left,
                 )
+            if outcome.failed:
+                if not outcome.decisions and not outcome.misses:
+                    why = reason("failed", detail=outcome.failures[-1].line)
+                    outcome = not_looked_into(gm, name, why, outcome.failures)
+                return outcome, None, ()
             outcome, relied = relying(outcome, held, checked=True)
-            outcome = _with_lost(gm, name, shadow, outcome)
+            outcome = with_lost(gm, name, shadow, outcome)
             stage = "splice"
             if outcome.replacements:
                 graph = splice(gm.graph, shadow, outcome.replacements)
@@ -215,22 +242,45 @@ class _Frame:
                 raise RuntimeError("the rewrite would hold only under new conditions on sizes")
         except Exception as error:
             text = first_line(error)
-            failure = Failure(graph=name, stage=stage, text=text)
-            if stage == "lower":
-                outcome = _all_missed(gm, name, text)
+            failure = Failure.of(name, stage, error)
+            if isinstance(error, Unlowerable | Unspliceable):
+                failure = Failure(graph=name, stage=stage, text=text, known=True)
+            if not outcome.decisions and not outcome.misses:
+                outcome = not_looked_into(gm, name, reason("not_lowered", detail=text), outcome.failures)
             else:
                 outcome = undone(outcome, reason("failed", detail=text))
             return dataclasses.replace(outcome, failures=(*outcome.failures, failure)), None, ()
         return outcome, graph, relied
 
-    def other(self) -> Other | None:
+    def _examiner(
+        self, gm: GraphModule, shadow: Shadow, inputs: Sequence[Any], known: Mapping[str, torch.Tensor]
+    ) -> Examiner | None:
+        if not self.policy.verify and self.watch is None:
+            return None
+        from attnpass.capture.actual import of_shadow
+        from attnpass.trial import Examiner
+
+        real = of_shadow(gm, shadow, self.inside.get(gm, inputs))
+        return Examiner(real=real, known=known, compiled=self.compiled, watch=self.watch)
+
+    def _enter(self, gm: GraphModule, inputs: Sequence[Any], path: str, body: GraphModule) -> None:
+        """Find out what a graph inside gets, to try its sites on."""
+        if self.policy.verify or self.watch is not None:
+            from attnpass.capture.actual import into
+
+            given = into(gm, self.inside.get(gm, inputs), path)
+            if given is not None:
+                self.inside[body] = given
+
+    def other(self, name: str) -> Other | None:
         """The graph that relies on no buffer, as a module of its own; before the first one changes."""
         if self.unproved is None:
             return None
-        gm, graph = self.unproved
+        gm, graph, outcome = self.unproved
         clone = aten.clone(gm, graph)
         attach(clone, graph)
-        return Other(self.relied, clone, aten.clone(gm, copied(gm.graph)))
+        report = dataclasses.replace(self, outcomes=[outcome, *self.outcomes[1:]]).report()
+        return Other(self.relied, clone, aten.clone(gm, copied(gm.graph)), report, name)
 
     def commit(self) -> None:
         """All graphs change, or none."""
@@ -240,23 +290,20 @@ class _Frame:
                 attach(gm, graph)
                 gm.graph = graph  # compiles it, too
         except BaseException:
-            for gm, graph in before:
+            for (gm, graph), (_, made) in zip(before, self.changed, strict=True):
+                detach(gm, made)
                 gm.graph = graph
             raise
 
-    def take_back(self, name: str, stage: str, error: Exception) -> None:
-        text = first_line(error)
-        self.outcomes = [undone(outcome, reason("failed", detail=text)) for outcome in self.outcomes]
-        self.outcomes.append(Outcome(failures=(Failure(graph=name, stage=stage, text=text),)))
+    def take_back(self, gm: GraphModule, name: str, failure: Failure) -> None:
+        """All graphs stay as they were."""
+        with contextlib.suppress(Exception):  # what failed may be what would tell
+            self.outcomes += untold(gm, name, self.told, reason("not_lowered", detail=failure.line))
+        self.outcomes = [undone(outcome, reason("failed", detail=failure.line)) for outcome in self.outcomes]
+        self.outcomes.append(Outcome(failures=(failure,)))
 
     def report(self) -> Report:
-        return Report(
-            torch=torch.__version__,
-            sites=tuple(site for outcome in self.outcomes for site in outcome.decisions),
-            misses=tuple(miss for outcome in self.outcomes for miss in outcome.misses),
-            failures=tuple(failure for outcome in self.outcomes for failure in outcome.failures),
-            notes=tuple(note for outcome in self.outcomes for note in outcome.notes),
-        )
+        return reported(self.outcomes)
 
 
 # -- bodies ------------------------------------------------------------------------------------------------------------
@@ -315,41 +362,6 @@ def _module(gm: GraphModule, node: Node) -> GraphModule | None:
 def _needs_grad(node: Node) -> bool:
     held = node.meta.get("example_value")
     return isinstance(held, torch.Tensor) and held.requires_grad
-
-
-# -- the record --------------------------------------------------------------------------------------------------------
-
-
-def _with_lost(gm: GraphModule, name: str, shadow: Shadow, outcome: Outcome) -> Outcome:
-    """The outcome with the softmaxes that never got into the shadow."""
-    why = {
-        node: reason("functorch") if shadow.states[node].functorch else reason("not_lowered", detail=text)
-        for node, text in shadow.opaque.items()
-    }
-    lost = _misses(gm, name, why, start=len(outcome.misses))
-    return dataclasses.replace(outcome, misses=(*outcome.misses, *lost))
-
-
-def _misses(gm: GraphModule, name: str, why: Mapping[Node, Reason], start: int = 0) -> tuple[Miss, ...]:
-    softmaxes = (node for node in gm.graph.nodes if node in why and is_softmax(gm, node))
-    return tuple(
-        Miss(id=f"{name}.m{number}", graph=name, where=where(node), reached=(), reason=why[node])
-        for number, node in enumerate(softmaxes, start)
-    )
-
-
-def _all_missed(gm: GraphModule, name: str, text: str) -> Outcome:
-    """The outcome of a graph that was not looked into."""
-    return Outcome(misses=_misses(gm, name, dict.fromkeys(gm.graph.nodes, reason("not_lowered", detail=text))))
-
-
-def undone(outcome: Outcome, why: Reason) -> Outcome:
-    """The outcome of a graph that stays as it was: its sites are known, none is replaced."""
-    decisions = tuple(
-        dataclasses.replace(one, replaced=False, kernel=None, reason=why) if one.replaced else one
-        for one in outcome.decisions
-    )
-    return dataclasses.replace(outcome, decisions=decisions, replacements=())
 
 
 def _assumed(env: ShapeEnv | None) -> tuple[int, int]:

@@ -35,7 +35,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from attnpass.capture.lower import Shadow
 from attnpass.errors import first_line
 from attnpass.graph import module_path
-from attnpass.ledger import Decision
+from attnpass.ledger import Decision, Failure, Report
 from attnpass.masks.content import Form, forget, form_of, readable
 from attnpass.pipeline import Outcome
 
@@ -63,6 +63,8 @@ class Other:
     relied: tuple[Held, ...]
     module: GraphModule
     recorded: GraphModule  # as Dynamo recorded it: runs uncompiled, too
+    report: Report  # what became of each softmax in `module`
+    name: str
 
 
 def candidates(gm: GraphModule, example_inputs: Sequence[Any], shadow: Shadow) -> dict[str, Held]:
@@ -167,9 +169,8 @@ def _capturing(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def guarded(proved: Compiled, other: Compiled, relied: Sequence[Held]) -> Compiled:
+def guarded(proved: Compiled, other: Compiled, watched: Sequence[Watched]) -> Compiled:
     """Calls `proved` while everything that it relies on holds what was proved, else `other`."""
-    watched = [Watched(held) for held in relied]
     places = [(one.position, one.seen) for one in watched]
     calls = reads = 0
 
@@ -209,6 +210,26 @@ def _known(one: Watched, tensor: torch.Tensor) -> bool:
     if entry is not None and entry[0]() is tensor and entry[1:3] == (tensor._version, tensor.data_ptr()):
         return entry[3]
     return one.read(tensor)
+
+
+def ready(
+    gm: GraphModule, report: Report, other: Other | None, example_inputs: Sequence[Any], inner: Inner
+) -> tuple[Report, Callable[[], Compiled]]:
+    """What became of a graph, and how it is compiled: behind its check, where it has one. Never raises.
+
+    Where the check cannot be made, nobody would see that a buffer has changed: then the graph that relies on none.
+    """
+    if other is None:
+        return report, lambda: inner(gm, example_inputs)
+    try:
+        later = Later(other, example_inputs, inner)
+        watched = [Watched(held) for held in other.relied]
+    except Exception as error:
+        names = ", ".join(held.name for held in other.relied)
+        failure = Failure.of(other.name, "watch", error, f"{other.name}, {names}")
+        report = dataclasses.replace(other.report, failures=(*other.report.failures, failure))
+        return report, lambda: inner(other.module, example_inputs)
+    return report, lambda: guarded(inner(gm, example_inputs), later, watched)
 
 
 # -- the other graph ---------------------------------------------------------------------------------------------------

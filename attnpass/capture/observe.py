@@ -32,7 +32,8 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
 from attnpass.ambient import resolved
-from attnpass.capture import frames
+from attnpass.capture import aten, frames
+from attnpass.capture.splice import copied
 from attnpass.demands import insist, unmatched
 from attnpass.errors import AttnpassError
 from attnpass.ledger import Report, merge
@@ -56,30 +57,54 @@ _APART: dict[str, Any] = (
 
 def audit_callable(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Policy | None = None) -> Report:
     """What would become of every softmax that `fn` computes on these arguments; nothing is changed."""
-    policy = resolved(given)
+    return _observed(fn, args, kwargs, resolved(given), rewrite=False)
+
+
+def verify_callable(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any], given: Policy | None = None) -> Report:
+    """The same with every replacement tried against float64; what is replaced is a copy."""
+    return _observed(fn, args, kwargs, dataclasses.replace(resolved(given), verify=True), rewrite=True)
+
+
+def _observed(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any], policy: Policy, *, rewrite: bool) -> Report:
     reports: list[Report] = []
 
     def observer(gm: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         name = f"graph{len(reports)}"
-        reports.append(
-            frames.process(gm, example_inputs, name=name, policy=policy, rewrite=False, compiled=True).report
-        )
-        return gm.forward
+        plain = aten.clone(gm, copied(gm.graph)) if rewrite else gm
+        done = frames.process(gm, example_inputs, name=name, policy=policy, rewrite=rewrite, compiled=True)
+        reports.append(done.report)
+        return plain.forward
 
-    original = _innermost(fn)
-    subject = _isolated(original)
-    call_args, call_kwargs = _copied((tuple(args), dict(kwargs)))
-    with _as_it_was(original, (args, kwargs)), _caches_as_they_were(observer):
-        try:
-            torch.compile(_entry(subject), backend=observer, **_APART)(*call_args, **call_kwargs)
-        except Exception as error:
-            raise AttnpassError(f"the model does not run on these arguments: {_first_cause(error)}") from error
+    isolated(fn, args, kwargs, observer)
     report = merge(reports)
     if not reports:
         note = "torch.compile captured no graph at all: nothing was computed on tensors, or capture is switched off"
         report = Report(torch=torch.__version__, notes=(note,))
     insist(policy, report)
     return dataclasses.replace(report, notes=(*report.notes, *unmatched(policy, report)))
+
+
+def isolated(
+    fn: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    backend: Callable[..., Any],
+    *,
+    then: Callable[[Any, Any], Any] = lambda subject, out: out,
+) -> Any:
+    """What `fn` returns when it is compiled by this backend, on copies of model and arguments, without a trace; `then`
+    is given the copy of the model, too.
+    """
+    original = _innermost(fn)
+    subject = _isolated(original)
+    call_args, call_kwargs = _copied((tuple(args), dict(kwargs)))
+    with _as_it_was(original, (args, kwargs)), _caches_as_they_were(backend):
+        try:
+            return then(subject, torch.compile(_entry(subject), backend=backend, **_APART)(*call_args, **call_kwargs))
+        except AttnpassError:
+            raise
+        except Exception as error:
+            raise AttnpassError(f"the model does not run on these arguments: {_first_cause(error)}") from error
 
 
 def _innermost(fn: Any) -> Any:

@@ -63,6 +63,13 @@ def attach(gm: GraphModule, graph: Graph) -> None:
             gm.add_module(str(node.target), node.meta[_FUNCTION])
 
 
+def detach(gm: GraphModule, graph: Graph) -> None:
+    """Take them back, as far as they were given."""
+    for node in graph.nodes:
+        if _FUNCTION in node.meta and hasattr(gm, str(node.target)):
+            delattr(gm, str(node.target))
+
+
 class _Splice:
     def __init__(
         self, shadow: Shadow, replacements: Sequence[Replacement], graph: Graph, twin: dict[Node, Node]

@@ -20,6 +20,7 @@ from attnpass.kernels.sage import Sage, SageFp8Cuda, SageFp8CudaSm90, SageFp16Cu
 from attnpass.kernels.xformers import Xformers
 from attnpass.kernels.xla import NativeXla
 from attnpass.names import ALIASES, KEEP, plain
+from attnpass.warn import warned
 
 __all__ = ["Capabilities", "Kernel", "kernels", "register_kernel", "unregister_kernel"]
 
@@ -65,7 +66,7 @@ def kernels() -> tuple[Kernel, ...]:
                 try:
                     register_kernel(kernel)
                 except AttnpassError as error:
-                    plugins.warned(f"a kernel of an entry point was left out: {error}")
+                    warned(f"a kernel of an entry point was left out: {error}")
         return tuple(_registered)
 
 

@@ -115,6 +115,12 @@ class Kernel(ABC):
         """It can return the log-sum-exp of the scores, from which a sink or a row without a key is answered."""
         return False
 
+    def tolerance(self, dtype: str) -> float:
+        """How far from float64 a result may be beyond twice the original's own error, in units in the last place (of
+        this dtype) of the largest element.
+        """
+        return 2.0 if dtype in ("float16", "bfloat16") else 32.0
+
     def cost(self, spec: AttentionSpec) -> float | None:
         """Expected microseconds of one forward call."""
         return None

@@ -9,8 +9,6 @@ what went wrong, and a warning says so once; the others are not affected.
 
 from __future__ import annotations
 
-import contextlib
-import warnings
 from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 
@@ -21,6 +19,7 @@ from attnpass.graph import Builder
 from attnpass.kernels.base import Capabilities, Kernel
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call
+from attnpass.warn import warned
 
 GROUP = "attnpass.kernels"
 
@@ -57,9 +56,3 @@ def _loaded(point: EntryPoint) -> Kernel:
     if not isinstance(kernel, Kernel):
         raise TypeError(f"{point.value} gives {type(kernel).__name__}, not an attnpass.Kernel")
     return kernel
-
-
-def warned(text: str) -> None:
-    """A warning, also where warnings are errors: listing kernels never fails."""
-    with contextlib.suppress(Warning):
-        warnings.warn(f"attnpass: {text}", RuntimeWarning, stacklevel=2)

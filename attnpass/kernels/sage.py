@@ -127,6 +127,10 @@ class SageKernel(Kernel):
         if any(_elements(shape) >= _COUNTED for shape in (spec.q, spec.k)):
             yield reason("no_form", detail=f"{_COUNTED} elements in one tensor")
 
+    def tolerance(self, dtype: str) -> float:
+        # the largest error lies as far out as the largest element does; declared is the one of all elements together
+        return 2 * FORMS[self._form()].error / torch.finfo(getattr(torch, dtype)).eps
+
     def cost(self, spec: AttentionSpec) -> float | None:
         return rated_us(spec, self.name)
 

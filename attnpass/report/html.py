@@ -11,7 +11,7 @@ from html import escape
 
 from attnpass.ledger import Decision, Miss, Report, Verdict, Where
 from attnpass.reasons import CATALOGUE, Reason
-from attnpass.report import words
+from attnpass.report import trials, words
 from attnpass.report.group import Group, group_misses, group_sites, name_of
 
 _MOST_MEMBERS = 200  # names listed per group; the JSON has all
@@ -70,9 +70,10 @@ def to_html(report: Report, title: str = "attnpass") -> str:
         ),
         _section(
             "Failures",
-            "A stage failed and the graph was left as it was. Please report it.",
+            "A stage failed; the graph was left as it was, or one part of it did without. Please report it.",
             [
-                f'<p>{escape(f.graph)}, {escape(f.stage)}:</p><pre class="bad">{escape(f.text.rstrip())}</pre>'
+                f"<p>{escape(f.part or f.graph)}, {escape(f.stage)}:</p>"
+                f'<pre class="bad">{escape(f.text.rstrip())}</pre>'
                 for f in report.failures
             ],
         ),
@@ -107,6 +108,7 @@ def _site(group: Group[Decision]) -> str:
         _titled("Asked for, but not taken", _list(words.unmet(site), "warn")),
         _titled("Assumed, not proved", _list(site.assumptions, "warn")),
         _titled("Proved", _list(site.proofs)),
+        _titled("Tried against float64", _trials(site)),
         _titled("Place", _place(site.where)),
         _titled("What it computes", _spec(site)),
         _titled("Kernels", _verdicts(site.verdicts)),
@@ -189,6 +191,20 @@ def _spec(site: Decision) -> str:
         ("saves", words.savings(site.saves) or "unknown"),
     ]
     return _rows((key, escape(text)) for key, text in pairs)
+
+
+def _trials(site: Decision) -> str:
+    """Every trial of the first site of a group; the JSON has those of the others."""
+    told = f'<p class="warn">Not tried on more: {escape(site.untried)}</p>' if site.untried else ""
+    if not site.trials:
+        return told
+    head = "".join(f"<th>{name}</th>" for name in ("inputs", "", "original", trials.kernel(site), "allowed", ""))
+    rows = []
+    for t in site.trials:
+        numbers = (t.inputs, t.what, *map(trials.number, (t.original, t.replacement, t.allowed)))
+        mark = '<span class="bad">worse</span>' if t.worse else ""
+        rows.append("<tr>" + "".join(f"<td>{escape(text)}</td>" for text in numbers) + f"<td>{mark}</td></tr>")
+    return f"{told}<table><tr>{head}</tr>{''.join(rows)}</table>"
 
 
 def _verdicts(verdicts: Sequence[Verdict]) -> str:

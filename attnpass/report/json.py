@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-from attnpass.ledger import Decision, Failure, Miss, Report, Verdict, Where
+from attnpass.ledger import Decision, Failure, Miss, Report, Trial, Verdict, Where
 from attnpass.reasons import Reason
 from attnpass.spec import AttentionSpec, BiasSpec, MaskSpec
 
@@ -48,7 +48,21 @@ def _site(site: Decision) -> dict[str, Any]:
         "verdicts": [_verdict(verdict) for verdict in site.verdicts],
         "assumptions": list(site.assumptions),
         "proofs": list(site.proofs),
-        "saves": {"bytes": site.saves.bytes, "us": _finite(site.saves.us)},
+        "saves": {"bytes": site.saves.bytes, "us": finite(site.saves.us)},
+        "trials": [_trial(trial) for trial in site.trials],
+        "untried": site.untried,
+    }
+
+
+def _trial(trial: Trial) -> dict[str, Any]:
+    return {
+        "inputs": trial.inputs,
+        "what": trial.what,
+        "original": finite(trial.original),
+        "replacement": finite(trial.replacement),
+        "allowed": finite(trial.allowed),
+        "worse": trial.worse,
+        "detail": trial.detail,
     }
 
 
@@ -64,7 +78,7 @@ def _miss(miss: Miss) -> dict[str, Any]:
 
 
 def _failure(failure: Failure) -> dict[str, Any]:
-    return {"graph": failure.graph, "stage": failure.stage, "text": failure.text}
+    return {"graph": failure.graph, "part": failure.part, "stage": failure.stage, "text": failure.text}
 
 
 def _where(where: Where) -> dict[str, Any]:
@@ -85,7 +99,7 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     return {
         "kernel": verdict.kernel,
         "refusals": [_reason(refusal) for refusal in verdict.refusals],
-        "cost_us": _finite(verdict.cost_us),
+        "cost_us": finite(verdict.cost_us),
         "timed": verdict.timed,
     }
 
@@ -101,7 +115,7 @@ def _spec(spec: AttentionSpec) -> dict[str, Any]:
         "groups": spec.groups,
         "softmax_dtype": spec.softmax_dtype,
         "dropout": _number_or_text(spec.dropout),
-        "softcap": spec.softcap if isinstance(spec.softcap, str) else _finite(spec.softcap),
+        "softcap": spec.softcap if isinstance(spec.softcap, str) else finite(spec.softcap),
         "sink": spec.sink,
         "bias": [_bias(bias) for bias in spec.bias],
         "mask": _mask(spec.mask),
@@ -130,7 +144,8 @@ def _mask(mask: MaskSpec) -> dict[str, Any]:
     }
 
 
-def _finite(number: float | None) -> float | None:
+def finite(number: float | None) -> float | None:
+    """The number, or None where it is none that JSON has."""
     return number if number is not None and math.isfinite(number) else None
 
 

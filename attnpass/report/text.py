@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from attnpass.ledger import Decision, Miss, Report
-from attnpass.report import words
+from attnpass.report import trials, words
 from attnpass.report.group import Group, group_misses, group_sites
 
 if TYPE_CHECKING:
@@ -59,9 +59,11 @@ def lines(report: Report, width: int) -> Iterator[Line]:
     sites = group_sites(report.sites)
     yield from _sites("replaced" + _saved(report), [group for group in sites if group.first.replaced], width)
     yield from _sites("left as they are", [group for group in sites if not group.first.replaced], width)
+    yield from _tried(report, width)
     yield from _misses(group_misses(report.misses), width)
     yield from _assumed(report, width)
-    yield from _listed("failed: these graphs were left as they were", _failures(report), "red", width)
+    yield from _listed("failed: these graphs were left as they were", _failures(report, whole=True), "red", width)
+    yield from _listed("failed: these did without", _failures(report, whole=False), "red", width)
     yield from _listed("notes", list(report.notes), "", width)
     if report.sites or report.misses:
         yield ()
@@ -131,6 +133,31 @@ def _unmet(site: Decision, width: int) -> Iterator[Line]:
             yield from _wrapped(f"asked for {text}", width, style="yellow")
 
 
+def _tried(report: Report, width: int) -> Iterator[Line]:
+    """What verify=True has shown."""
+    groups = trials.tried_groups(report)
+    if not groups:
+        return
+    yield ()
+    yield ((trials.headline(report), "bold"),)
+    rows = [
+        Row(
+            _cells(
+                group,
+                (f"{trials.kernel(group.first)}: {trials.verdict(group.first)[0]}", trials.verdict(group.first)[1]),
+            )
+        )
+        for group in groups
+    ]
+    for row, group in zip(_table(rows, width), groups, strict=True):
+        yield from row
+        worst = trials.worst(group.members)
+        if worst is not None:
+            yield from _wrapped(f"worst: {trials.told(worst)}", width)
+        if group.first.untried is not None:
+            yield from _wrapped(f"not tried on more: {group.first.untried}", width, style="yellow")
+
+
 def _misses(groups: Sequence[Group[Miss]], width: int) -> Iterator[Line]:
     if not groups:
         return
@@ -157,9 +184,9 @@ def _assumed(report: Report, width: int) -> Iterator[Line]:
     yield from _listed("assumed, not proved (strict=True refuses these)", texts, "magenta", width)
 
 
-def _failures(report: Report) -> list[str]:
+def _failures(report: Report, *, whole: bool) -> list[str]:
     """The last line of each; to_json() has the whole traceback."""
-    return [f"{f.graph}, {f.stage}: {(f.text.strip().splitlines() or [''])[-1]}" for f in report.failures]
+    return [f"{f.part or f.graph}, {f.stage}: {f.line}" for f in report.failures if (f.part is None) == whole]
 
 
 def _listed(title: str, texts: Sequence[str], style: str, width: int) -> Iterator[Line]:

@@ -1,0 +1,81 @@
+"""What must become of a program that is whole: it is replaced, unless a limit that docs/ states stands in the way."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from tests.fuzz.programs import Bias, Cap, Mask, Program, Scale, ToFloat
+from tests.fuzz.spelled import MODULE_SCALES, SCALES, TENSOR_SCALES
+
+# What flash-attn and its kind have arguments for, alone.
+_FORMS = {"nothing", "causal", "window", "two-sided"}
+_KEYS = {"padding", "lengths"}
+
+
+def limit(program: Program, device: str = "cpu") -> str | None:
+    """Why this program need not be replaced; None: it must be."""
+    p = program
+    if p.damage is not None:
+        return "damaged"
+    if p.dropout == "live":
+        return "live dropout has no fused form on the CPU, and draws other numbers elsewhere"
+    if device == "cpu" and max(p.shape.width, p.shape.v_width) > 2 * min(p.shape.width, p.shape.v_width):
+        return "widths too unlike for the CPU's kernel"
+    narrow = p.dtype != "float32" or p.autocast
+    if device == "cuda" and any(width % (8 if narrow else 4) for width in (p.shape.width, p.shape.v_width)):
+        return "a width that torch's CUDA kernels do not load"
+    if any(mask.fill == "-10000" for mask in p.masks):
+        return "a fill that ordinary scores may outweigh"
+    if p.dtype == "float16" and any(m.fill.startswith("min") for m in p.masks) and _scaled_afterwards(p, SCALES):
+        return "float16's lowest number, scaled down, is a fill that ordinary scores may outweigh"
+    if p.dtype == "float16" and any(m.fill == "min of q" for m in p.masks) and (p.upcast or ToFloat() in p.steps):
+        return "float16's lowest number is a fill that scores in float32 may outweigh"
+    if p.steps and p.biases and any(isinstance(s, Scale) and s.form == "twice" for s in p.steps):
+        return "what is added may be -inf between two factors"
+    if any("add" in m.apply or "sub" in m.apply for m in p.masks) and any(
+        isinstance(s, Scale) and s.form == "twice" for s in p.steps
+    ):
+        return "what is added may be -inf between two factors"
+    if _scaled_afterwards(p, MODULE_SCALES | TENSOR_SCALES):
+        return "a tensor that multiplies masked or capped scores may be zero or negative"
+    if device == "cpu" and p.grad and any(bias.kind == "table" for bias in p.biases) and p.kernel != "fuzz_tensor":
+        return "a bias that needs a gradient has no fused form on the CPU"
+    if _added_inside_a_product(p):
+        return "what is added inside a mask by multiplication may be infinite, and infinity times zero is no number"
+    if p.softmax in ("by hand, no maximum", "log-sum-exp") and (p.biases or any(m.fill != "-inf" for m in p.masks)):
+        return "these spellings of softmax have no simple answer beside low numbers"
+    if p.sink and any(bias.kind == "number" for bias in p.biases):
+        return "a constant beside a sink is no constant"
+    if p.cap or p.sink:
+        return _by_a_kernel_with(p)
+    return None
+
+
+def _added_inside_a_product(p: Program) -> bool:
+    at = next(
+        (n for n, s in reversed(list(enumerate(p.steps))) if isinstance(s, Mask) and s.apply.startswith("mult")), 0
+    )
+    return any(
+        isinstance(s, Bias) or (isinstance(s, Mask) and ("add" in s.apply or s.fill == "-inf")) for s in p.steps[:at]
+    )
+
+
+def _scaled_afterwards(p: Program, forms: Container[str]) -> bool:
+    first = next((at for at, step in enumerate(p.steps) if isinstance(step, Mask | Cap)), len(p.steps))
+    return any(isinstance(step, Scale) and step.form in forms for step in p.steps[first:])
+
+
+def _by_a_kernel_with(p: Program) -> str | None:
+    """Soft caps and sinks are served by few kernels, each with masks of its own."""
+    kinds = {mask.kind for mask in p.masks}
+    if p.cap and p.grad and p.masks:
+        return "gradients through the soft cap of a row without a key"
+    if p.kernel == "fuzz_tensor":
+        return "no kernel has a sink and takes any mask" if p.sink else None
+    if p.kernel == "fuzz_forms":
+        if p.biases or len(p.masks) > 1 or not (kinds <= _FORMS or kinds <= _KEYS):
+            return "a mask or bias that flash-attn has no argument for"
+        return None
+    if p.kernel == "fuzz_functions":
+        return "masks of several kinds are no function" if len(p.masks) + len(p.biases) > 1 else None
+    return "torch's own kernel has no soft cap and no sink"
