@@ -98,7 +98,7 @@ def masked(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def weighted(x: Tensor, v: Tensor, q: Tensor) -> Tensor:
-    return x.softmax(-1, dtype=torch.float32).to(v.dtype) @ repeated(v, q)
+    return x.softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32)).to(v.dtype) @ repeated(v, q)
 
 
 # -- cases -------------------------------------------------------------------------------------------------------------

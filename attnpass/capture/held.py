@@ -229,7 +229,15 @@ def ready(
         failure = Failure.of(other.name, "watch", error, f"{other.name}, {names}")
         report = dataclasses.replace(other.report, failures=(*other.report.failures, failure))
         return report, lambda: inner(other.module, example_inputs)
-    return report, lambda: guarded(inner(gm, example_inputs), later, watched)
+
+    def compiled() -> Compiled:
+        proved = inner(gm, example_inputs)
+        try:
+            return guarded(proved, later, watched)
+        except Exception:
+            return later  # right whatever buffers hold
+
+    return report, compiled
 
 
 # -- the other graph ---------------------------------------------------------------------------------------------------

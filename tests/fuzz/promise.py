@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from tests.fuzz.masks import KEEP
 from tests.fuzz.programs import Bias, Cap, Mask, Program, Scale, ToFloat
 from tests.fuzz.spelled import MODULE_SCALES, SCALES, TENSOR_SCALES
 
@@ -30,19 +31,19 @@ def limit(program: Program, device: str = "cpu") -> str | None:
         return "float16's lowest number, scaled down, is a fill that ordinary scores may outweigh"
     if p.dtype == "float16" and any(m.fill == "min of q" for m in p.masks) and (p.upcast or ToFloat() in p.steps):
         return "float16's lowest number is a fill that scores in float32 may outweigh"
-    if p.steps and p.biases and any(isinstance(s, Scale) and s.form == "twice" for s in p.steps):
+    added = any(mask.apply.startswith(("add", "sub")) for mask in p.masks)
+    if (added or p.biases) and any(isinstance(step, Scale) and step.form == "twice" for step in p.steps):
         return "what is added may be -inf between two factors"
-    if any("add" in m.apply or "sub" in m.apply for m in p.masks) and any(
-        isinstance(s, Scale) and s.form == "twice" for s in p.steps
-    ):
-        return "what is added may be -inf between two factors"
+    if p.autocast and p.front == "export" and p.softmax == "clamped":
+        return "a tensor written in the code of an autocast region is an input of that region when it is exported"
     if _scaled_afterwards(p, MODULE_SCALES | TENSOR_SCALES):
         return "a tensor that multiplies masked or capped scores may be zero or negative"
     if device == "cpu" and p.grad and any(bias.kind == "table" for bias in p.biases) and p.kernel != "fuzz_tensor":
         return "a bias that needs a gradient has no fused form on the CPU"
     if _added_inside_a_product(p):
         return "what is added inside a mask by multiplication may be infinite, and infinity times zero is no number"
-    if p.softmax in ("by hand, no maximum", "log-sum-exp") and (p.biases or any(m.fill != "-inf" for m in p.masks)):
+    low = added or bool(p.biases) or any(mask.fill != "-inf" for mask in p.masks)
+    if low and p.softmax in ("by hand, no maximum", "log-sum-exp"):
         return "these spellings of softmax have no simple answer beside low numbers"
     if p.sink and any(bias.kind == "number" for bias in p.biases):
         return "a constant beside a sink is no constant"
@@ -73,6 +74,9 @@ def _by_a_kernel_with(p: Program) -> str | None:
     if p.kernel == "fuzz_tensor":
         return "no kernel has a sink and takes any mask" if p.sink else None
     if p.kernel == "fuzz_forms":
+        spelled = [KEEP[mask.kind][mask.spelling % len(KEEP[mask.kind])] for mask in p.masks]
+        if any(one.needs == "causal_buffer" for one in spelled):
+            return "a mask in a buffer is data, which flash-attn has no argument for"
         if p.biases or len(p.masks) > 1 or not (kinds <= _FORMS or kinds <= _KEYS):
             return "a mask or bias that flash-attn has no argument for"
         return None
