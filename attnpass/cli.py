@@ -18,7 +18,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attnpass
@@ -64,34 +64,26 @@ def _complain(text: str, status: int = ERROR) -> int:
 
 
 def _audit(options: argparse.Namespace) -> int:
+    return _show(_of_target(options, attnpass.audit, "auditing"), options)
+
+
+def _of_target(options: argparse.Namespace, look: Callable[..., Report], doing: str) -> Report:
+    """What `look` says of the model or the program that is named."""
     _import_also(options.imports)
     if cli_files.is_factory(options.target):
         with _quietly(), _progress(options, f"making {options.target}"):
             made = cli_files.make(options.target)
-        with _quietly(), _progress(options, "capturing and auditing"), _policy(options):
-            report = attnpass.audit(made.model, *made.args, **made.kwargs)
-    else:
-        _need_file(options.target)
-        with _quietly(), _progress(options, f"loading {options.target}"):
-            program = cli_files.load(options.target).program
-        with _quietly(), _progress(options, "auditing"), _policy(options):
-            report = attnpass.audit(program)
-    return _show(report, options)
+        with _quietly(), _progress(options, f"capturing and {doing}"), _policy(options):
+            return look(made.model, *made.args, **made.kwargs)
+    _need_file(options.target)
+    with _quietly(), _progress(options, f"loading {options.target}"):
+        program = cli_files.load(options.target).program
+    with _quietly(), _progress(options, doing), _policy(options):
+        return look(program)
 
 
 def _verify(options: argparse.Namespace) -> int:
-    _import_also(options.imports)
-    if cli_files.is_factory(options.target):
-        with _quietly(), _progress(options, f"making {options.target}"):
-            made = cli_files.make(options.target)
-        with _quietly(), _progress(options, "capturing, and trying every replaced site"), _policy(options):
-            report = attnpass.verify(made.model, *made.args, **made.kwargs)
-    else:
-        _need_file(options.target)
-        with _quietly(), _progress(options, f"loading {options.target}"):
-            program = cli_files.load(options.target).program
-        with _quietly(), _progress(options, "trying every replaced site"), _policy(options):
-            report = attnpass.verify(program)
+    report = _of_target(options, attnpass.verify, "trying every replaced site")
     _write_html(report, options)
     if options.json:
         print(report.to_json())

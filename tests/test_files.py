@@ -16,23 +16,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 import attnpass
 from attnpass import AttnpassError, ambient, autotune, cli, cli_files, files
 from attnpass.capture.dynamo import backend
+from tests.test_cli import Attention, qkv
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).resolve().parent.parent
-
-
-class Attention(nn.Module):
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.softmax(q @ k.transpose(-1, -2) / 3.0, dim=-1) @ v
-
-
-def qkv() -> tuple[Tensor, ...]:
-    return tuple(torch.randn(3, 2, 4, 5, 8).unbind(0))
 
 
 @pytest.fixture
