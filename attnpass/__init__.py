@@ -81,7 +81,8 @@ def rewrite(
     """A copy of an exported program with its attention replaced, and the report on every softmax in it.
 
     Takes an ``ExportedProgram`` or a ``GraphModule`` of ATen operations; the original stays as it is, the copy shares
-    its weights. `example_inputs` is needed only for a GraphModule whose nodes carry no shapes.
+    its weights. `example_inputs` is needed only for a GraphModule whose nodes carry no shapes. A GraphModule does not
+    say which of its inputs need gradients: call this under ``torch.no_grad()`` where none does.
     """
     from attnpass.capture import exported
 

@@ -643,3 +643,20 @@ def test_every_softmax_is_in_the_report_once() -> None:
     ids = [entry.id for entry in (*report.sites, *report.misses)]
     assert len(set(ids)) == len(ids)
     assert dataclasses.is_dataclass(report)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
+def test_a_graph_that_does_not_say_which_inputs_need_gradients_may_need_all(grad: bool) -> None:
+    def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        # the backward of a fused call reads its result, which is written into here
+        return ((q @ k.mT).softmax(-1) @ v).mul_(2.0)
+
+    inputs = tuple(torch.randn(3, 2, 4, 5, 8).requires_grad_().unbind(0))
+    gm = make_fx(written, pre_dispatch=True)(*(x.detach() for x in inputs))
+    with torch.set_grad_enabled(grad):
+        new, report = attnpass.rewrite(gm)
+    assert report.replaced == 1
+    assert report.sites[0].spec.grad == grad
+    if grad:
+        for mine, true in zip(*(torch.autograd.grad(f(*inputs).sum(), inputs) for f in (new, written)), strict=True):
+            torch.testing.assert_close(mine, true)

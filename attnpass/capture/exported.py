@@ -72,7 +72,7 @@ def rewrite(
         done, report = _rewrite_program(program, job)
     else:
         gm = _prepared(program, example_inputs)
-        done, report = job.process(gm, "graph", State()), job.report()
+        done, report = job.process(gm, "graph", State(), grad=_asked()), job.report()
     of_failures(report)
     insist(job.policy, report)
     return done, fence.told(report, fence.UNFENCED)
@@ -90,7 +90,7 @@ def audit(
         job.read(program)
         job.process(program.graph_module, "program", State())
     else:
-        job.process(_prepared(program, example_inputs), "graph", State())
+        job.process(_prepared(program, example_inputs), "graph", State(), grad=_asked())
     report = job.report()
     insist(job.policy, report)
     return report
@@ -110,7 +110,7 @@ def verify(
         report = _rewrite_program(program, job)[1]
     else:
         gm = _prepared(program, args or None)
-        job.process(gm, "graph", State())
+        job.process(gm, "graph", State(), grad=_asked())
         report = job.report()
     insist(job.policy, report)
     return report
@@ -126,6 +126,11 @@ def _prepared(program: GraphModule, example_inputs: Sequence[Any] | None) -> Gra
     gm = aten.with_values(program, example_inputs)
     aten.require_aten(gm)  # with values known, operators on tensors show
     return gm
+
+
+def _asked() -> bool:
+    """Gradients may be asked for. What make_fx traces does not say of which inputs, so it may be of all."""
+    return torch.is_grad_enabled()
 
 
 def _rewrite_program(program: ExportedProgram, job: _Job) -> tuple[ExportedProgram, Report]:
