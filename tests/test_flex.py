@@ -127,7 +127,14 @@ def test_no_tensor_over_queries_and_keys_is_left(case: Case, as_on_cuda: None) -
     assert "softmax" not in found.gm.code
 
 
-@pytest.mark.parametrize(("queries", "length"), [(1, 300), (7, 130), (130, 260), (128, 128), (129, 257)])
+@pytest.mark.parametrize(
+    ("queries", "length"),
+    [
+        (1, 300),
+        (129, 257),
+        *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((7, 130), (130, 260), (128, 128))),
+    ],
+)
 def test_other_lengths(queries: int, length: int, as_on_cuda: None) -> None:
     cases = [case for case in CASES if case.grad]
     module = Attention(*cases)
