@@ -66,7 +66,7 @@ class Spy:
 
 
 def test_each_thread_compiles_by_its_own_policy() -> None:
-    wanted, rounds = Attention()(sample()), 3
+    rounds = 3
     start = threading.Barrier(3)
     wrong: list[str] = []
 
