@@ -35,7 +35,7 @@ from attnpass.choose import Choice
 from attnpass.emit import build
 from attnpass.errors import first_line
 from attnpass.files import is_plain, read_bounded, write_whole
-from attnpass.graph import Shared, tensor, value
+from attnpass.graph import Shared, hint, tensor, value
 from attnpass.kernels import Kernel
 from attnpass.kernels.identity import identity
 from attnpass.policy import Policy
@@ -142,11 +142,10 @@ def cut(end: Node, inside: set[Node]) -> Cut:
 
 def _hint(size: Any) -> Any:
     """The number that a symbol stood for when it was traced."""
-    if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
-        size = size.node.hint
-    if not isinstance(size, int | float | bool):
+    known = hint(size)
+    if known is None:
         raise ValueError(f"nothing is known of the size {size}")
-    return size
+    return known
 
 
 def _like(node: Node, generator: torch.Generator) -> torch.Tensor:

@@ -37,10 +37,10 @@ from attnpass.ledger import Decision, Report, merge
 from attnpass.policy import Policy
 from attnpass.trial import Built, Given, Pair
 from attnpass.trial.compare import Gap, gap, largest
+from attnpass.trial.reference import widened
 from attnpass.trial.reproducer import Reproducer, reproducer
 
 _ULPS = {torch.float16: 8.0, torch.bfloat16: 8.0}  # units in the last place of the largest element; others: 64
-_NARROW = (torch.float32, torch.bfloat16, torch.float16)
 _SEED = 0
 
 Tensors = Mapping[str, Tensor]
@@ -285,10 +285,7 @@ class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        def widen(x: Any) -> Any:
-            return torch.float64 if isinstance(x, torch.dtype) and x in _NARROW else x
-
-        return func(*tree_map(widen, args), **tree_map(widen, kwargs or {}))
+        return func(*tree_map(widened, args), **tree_map(widened, kwargs or {}))
 
 
 class _seeded:

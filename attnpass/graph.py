@@ -254,3 +254,10 @@ def where(node: Node) -> Where:
     file, line, _ = own[-1]
     code = linecache.getline(file, int(line)).strip() or None
     return Where(module=module, cls=cls, file=file, line=int(line), code=code)
+
+
+def hint(size: Any) -> int | float | bool | None:
+    """A size that is a number, or what a symbol stood for when it was traced; None where neither is known."""
+    if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
+        size = size.node.hint
+    return size if isinstance(size, int | float | bool) else None

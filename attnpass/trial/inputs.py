@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from attnpass import graph
 from attnpass.graph import tensor, value
 from attnpass.trial.pair import Pair, Untried
 
@@ -88,11 +89,10 @@ def _made_up(node: Node, known: Mapping[str, Tensor], device: torch.device) -> A
 
 def hint(size: Any) -> Any:
     """The number that a symbol stood for when it was traced."""
-    if isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool):
-        size = size.node.hint
-    if not isinstance(size, int | float | bool):
+    known = graph.hint(size)
+    if known is None:
         raise Untried(f"nothing is known of the size {size}")
-    return size
+    return known
 
 
 def hard(pair: Pair, base: Values, unseen: Callable[[Values], Tensor | None]) -> Iterator[Given]:

@@ -22,7 +22,7 @@ _NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 def exact(side: Side) -> GraphModule:
     """The original side of a pair in float64; it is given its floating inputs in float64."""
-    graph, twin, widened, narrowed = Graph(), dict[Node, Node](), dict[Node, Node](), dict[Node, Node]()
+    graph, twin, wider, narrowed = Graph(), dict[Node, Node](), dict[Node, Node](), dict[Node, Node]()
 
     def is_wide(node: Node) -> bool:
         return node.op == "placeholder" or node.name in side.own
@@ -30,9 +30,9 @@ def exact(side: Side) -> GraphModule:
     def wide(node: Node) -> Node:
         if is_wide(node) or _narrow(node) is None:
             return twin[node]
-        if node not in widened:
-            widened[node] = graph.call_function(torch.ops.aten.to.dtype, (twin[node], torch.float64))
-        return widened[node]
+        if node not in wider:
+            wider[node] = graph.call_function(torch.ops.aten.to.dtype, (twin[node], torch.float64))
+        return wider[node]
 
     def narrow(node: Node) -> Node:
         dtype = _narrow(node)
@@ -52,7 +52,7 @@ def exact(side: Side) -> GraphModule:
                 node.op, node.target, *(map_arg(each, narrow) for each in (node.args, node.kwargs))
             )
         else:
-            args, kwargs = (map_aggregate(map_arg(each, wide), _float64) for each in (node.args, node.kwargs))
+            args, kwargs = (map_aggregate(map_arg(each, wide), widened) for each in (node.args, node.kwargs))
             made = graph.create_node(node.op, node.target, args, kwargs)
             # what is made from nothing but numbers may still be narrow
             made_narrow = _narrow(node) is not None and not node.all_input_nodes
@@ -65,5 +65,6 @@ def _narrow(node: Node) -> torch.dtype | None:
     return val.dtype if isinstance(val, torch.Tensor) and val.dtype in _NARROW else None
 
 
-def _float64(x: Any) -> Any:
+def widened(x: Any) -> Any:
+    """Where an argument asks for a narrower floating type: float64."""
     return torch.float64 if isinstance(x, torch.dtype) and x in _NARROW else x
