@@ -81,8 +81,9 @@ def rewrite(
     """A copy of an exported program with its attention replaced, and the report on every softmax in it.
 
     Takes an ``ExportedProgram`` or a ``GraphModule`` of ATen operations; the original stays as it is, the copy shares
-    its weights. `example_inputs` is needed only for a GraphModule whose nodes carry no shapes. A GraphModule does not
-    say which of its inputs need gradients: call this under ``torch.no_grad()`` where none does.
+    its weights. `example_inputs` is needed only for a GraphModule whose nodes carry no shapes. A GraphModule that
+    make_fx traced does not say which of its inputs need gradients, so all may: call this under ``torch.no_grad()``
+    where none does, or mark the values of its placeholders (``node.meta["val"].requires_grad_()``).
     """
     from attnpass.capture import exported
 

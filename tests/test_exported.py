@@ -645,6 +645,21 @@ def test_every_softmax_is_in_the_report_once() -> None:
     assert dataclasses.is_dataclass(report)
 
 
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_a_graph_that_says_which_inputs_need_gradients_is_believed(mode: str) -> None:
+    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT + bias).softmax(-1) @ v
+
+    gm = make_fx(biased, pre_dispatch=True, tracing_mode=mode)(*torch.randn(3, 2, 4, 5, 8), torch.randn(5, 5))
+    told = attnpass.rewrite(gm)[1].sites[0]
+    assert not told.replaced, "nothing says that the bias needs no gradient, which no kernel for the CPU gives"
+    gm.graph.find_nodes(op="placeholder")[0].meta["val"].requires_grad_()
+    (site,) = attnpass.rewrite(gm)[1].sites
+    assert site.replaced
+    assert site.spec.grad
+    assert not site.spec.bias[0].grad
+
+
 @pytest.mark.parametrize("grad", [True, False], ids=["grad", "no_grad"])
 def test_a_graph_that_does_not_say_which_inputs_need_gradients_may_need_all(grad: bool) -> None:
     def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

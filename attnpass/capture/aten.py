@@ -353,6 +353,13 @@ class _Propagator(FakeTensorProp):
         with self.mode:  # inputs are fake already, also where they are nested
             return self.run(*inputs, enable_io_processing=not flat)
 
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        # what is noted is detached; that an input needs gradients is told by its value alone
+        if n.op == "placeholder" and isinstance(result, torch.Tensor) and result.requires_grad:
+            n.meta["val"].requires_grad_()
+        return result
+
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         held = super().get_attr(target, args, kwargs)
         if isinstance(held, GraphModule):

@@ -72,7 +72,7 @@ def rewrite(
         done, report = _rewrite_program(program, job)
     else:
         gm = _prepared(program, example_inputs)
-        done, report = job.process(gm, "graph", State(), grad=_asked()), job.report()
+        done, report = job.process(gm, "graph", State(), grad=_asked(gm)), job.report()
     of_failures(report)
     insist(job.policy, report)
     return done, fence.told(report, fence.UNFENCED)
@@ -90,7 +90,8 @@ def audit(
         job.read(program)
         job.process(program.graph_module, "program", State())
     else:
-        job.process(_prepared(program, example_inputs), "graph", State(), grad=_asked())
+        gm = _prepared(program, example_inputs)
+        job.process(gm, "graph", State(), grad=_asked(gm))
     report = job.report()
     insist(job.policy, report)
     return report
@@ -110,7 +111,7 @@ def verify(
         report = _rewrite_program(program, job)[1]
     else:
         gm = _prepared(program, args or None)
-        job.process(gm, "graph", State(), grad=_asked())
+        job.process(gm, "graph", State(), grad=_asked(gm))
         report = job.report()
     insist(job.policy, report)
     return report
@@ -128,9 +129,10 @@ def _prepared(program: GraphModule, example_inputs: Sequence[Any] | None) -> Gra
     return gm
 
 
-def _asked() -> bool:
-    """Gradients may be asked for. What make_fx traces does not say of which inputs, so it may be of all."""
-    return torch.is_grad_enabled()
+def _asked(gm: GraphModule) -> bool:
+    """Gradients may be asked for of any input: what make_fx traces does not say of which; where a value does, all do."""
+    values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
+    return torch.is_grad_enabled() and not any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
 
 
 def _rewrite_program(program: ExportedProgram, job: _Job) -> tuple[ExportedProgram, Report]:

@@ -160,7 +160,8 @@ def _traced(module: nn.Module, given: tuple[Any, ...], how: How, policy: attnpas
     for node, x in zip(traced.graph.find_nodes(op="placeholder"), inputs, strict=True):
         if x.requires_grad:  # make_fx forgets it
             node.meta["val"].requires_grad_()
-    rewritten, report = attnpass.rewrite(traced, policy=policy)
+    with torch.set_grad_enabled(how.grad):
+        rewritten, report = attnpass.rewrite(traced, policy=policy)
     after = copy.deepcopy(module)
     after.forward = lambda *args: rewritten(*after.parameters(), *after.buffers(), *args)  # type: ignore[method-assign]
     return _Candidate(run(after, given, grad=how.grad), report)
