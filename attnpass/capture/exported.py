@@ -130,7 +130,7 @@ def _prepared(program: GraphModule, example_inputs: Sequence[Any] | None) -> Gra
 
 
 def _asked(gm: GraphModule) -> bool:
-    """Gradients may be asked for of any input: what make_fx traces does not say of which; where a value does, all do."""
+    """Gradients may be asked for of any input: what make_fx traces does not say of which, unless a value does."""
     values = [node.meta.get("val") for node in gm.graph.find_nodes(op="placeholder")]
     return torch.is_grad_enabled() and not any(isinstance(x, torch.Tensor) and x.requires_grad for x in values)
 
