@@ -68,9 +68,16 @@ def _build(b: Builder, proved: Proved, kernel: Kernel, shared: Shared) -> Node:
         dense = dense_mask(b, site, sizes, dtype, shared)
     if dense.scored is not None:
         q = b.call(aten.where.ScalarOther, dense.scored, q, 0.0)
-    call = replace(call, q=q, mask=dense.mask, causal=causal)
+    call = replace(call, q=q, mask=_still(b, site, dense.mask), causal=causal)
     out = _own(b, site, kernel.emit(b, call))
     return _finished(b, site, answered(b, out, call, dense, sizes, site), sizes)
+
+
+def _still(b: Builder, site: Site, mask: Node | None) -> Node | None:
+    """Where nothing is recorded a parameter still says that it needs a gradient; torch would take its unfused form."""
+    if mask is None or site.state.grad or not mask.meta.get("attnpass_grad", False):
+        return mask
+    return b.call(aten.detach.default, mask)
 
 
 def _own(b: Builder, site: Site, out: Node) -> Node:

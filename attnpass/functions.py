@@ -34,6 +34,7 @@ from attnpass.masks.structure import Structure
 from attnpass.masks.writes import link
 from attnpass.prove import Proved
 from attnpass.reasons import Reason, reason
+from attnpass.recognize.gradients import asked
 from attnpass.site import BlockLists, Functions, Site
 from attnpass.spec import EmptyRow
 from attnpass.structured import mask_key, written
@@ -56,8 +57,7 @@ def obstacles(proved: Proved, *, while_tame: bool = False) -> Iterator[Reason]:
     if known is not None and site.spec.device != "cpu" and any(n.value is None for n in proof.frame.lengths):
         # the mask reads whether the data are tame; of symbolic sizes beside scores that read data nothing was measured
         yield reason("kernel_bug", detail="NaN with symbolic sizes and a mask that reads data (pytorch#186775)")
-    # a parameter says that it needs a gradient even where none is recorded
-    if site.state.grad and any(node.meta.get("attnpass_grad", False) for node, _ in proof.loads):
+    if any(asked(node, site.state) for node, _ in proof.loads):
         yield reason("bias_gradient")
     if site.spec.device == "cpu" and any(_symbolic(node) for node, _ in proof.loads):
         yield reason("no_fused_form", detail="a mask of symbolic size on the CPU")

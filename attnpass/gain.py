@@ -37,7 +37,7 @@ def gained(proved: Proved, kernel: Kernel, *, named: bool = False) -> bool:
         return False
     spec, args = site.spec, bound(site.anchor)
     mask = args["attn_mask"]
-    sure = spec.empty_rows is EmptyRow.IMPOSSIBLE
+    sure = site.rows is EmptyRow.IMPOSSIBLE
     if kernel.takes == "functions":
         return mask is not None and sure and (named or (proved.structured and _faster(kernel, spec)))
     if kernel.takes == "forms":

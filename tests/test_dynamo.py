@@ -10,6 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import attnpass
@@ -796,3 +798,51 @@ def test_an_audit_of_arguments_that_do_not_fit_says_so() -> None:
 def test_an_audit_that_captures_nothing_says_so() -> None:
     report = attnpass.audit(lambda x: x, sample())
     assert "captured no graph" in report.notes[0]
+
+
+class Biased(nn.Module):
+    """A bias that is learned as it stands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(2, 4, 8, 8))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT + self.bias).softmax(-1) @ v
+
+
+class Called(TorchDispatchMode):
+    """The operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_parameter_asks_for_no_gradient_where_none_is_recorded() -> None:
+    # torch's fused kernel for the CPU has no gradient for a bias, and refuses one that merely says that it needs it
+    model, args = Biased(), torch.randn(3, 2, 4, 8, 16).requires_grad_().unbind(0)
+    called = Called()
+
+    def watched(gm: GraphModule, _: Any) -> Any:
+        def run(*inputs: Any) -> Any:
+            with called:
+                return gm.forward(*inputs)
+
+        return run
+
+    compiled = torch.compile(model, backend="attnpass", options={"inner": watched})
+    for grad in (True, False):
+        attnpass.reset()
+        called.names.clear()
+        with torch.set_grad_enabled(grad):
+            torch.testing.assert_close(compiled(*args), model(*args))
+        (site,) = attnpass.report().sites
+        assert site.replaced is not grad
+        assert site.spec.grad is grad
+        assert [bias.grad for bias in site.spec.bias] == [grad]
+        assert ("aten._scaled_dot_product_flash_attention_for_cpu.default" in called.names) is not grad

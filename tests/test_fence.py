@@ -19,6 +19,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 import attnpass
+from attnpass import warn
 from attnpass.capture import fence
 from attnpass.capture.dynamo import Setup
 from tests.plain import compiled, counting, distance, eager, error, plain_is_wrong, with_gradients
@@ -198,6 +199,27 @@ def test_another_inner_backend_that_ends_in_inductor_is_fenced_too() -> None:
     from torch._inductor.compile_fx import compile_fx
 
     assert error(over_queries, tensors(2, 4, 16, 16), "attnpass", options={"inner": compile_fx}) < 1e-4
+
+
+@pytest.mark.parametrize("ends", [True, False], ids=["inductor", "another backend"])
+def test_without_a_fence_inductor_looks_for_nothing_and_the_report_says_why(
+    ends: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor.compile_fx import compile_fx
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("no such setting")
+
+    monkeypatch.setattr(fence, "inductor_settings", fail)
+    monkeypatch.setattr(warn, "_told", False)
+    options, args = {} if ends else {"inner": compile_fx}, tensors(2, 4, 16, 16)
+    with counting() as count:
+        with pytest.warns(RuntimeWarning, match="fence: RuntimeError: no such setting"):
+            off = error(over_queries, args, "attnpass", options=options)
+        assert count() == 0
+    assert off < 1e-4
+    (failure,) = attnpass.report().failures
+    assert (failure.stage, failure.part) == ("fence", "all patterns of inductor")
 
 
 # -- the two passes ----------------------------------------------------------------------------------------------------

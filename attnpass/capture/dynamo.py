@@ -30,7 +30,7 @@ from attnpass.capture.held import ready
 from attnpass.capture.observe import audit_callable, verify_callable
 from attnpass.demands import insist
 from attnpass.errors import AttnpassError, first_line
-from attnpass.ledger import Failure
+from attnpass.ledger import Failure, Report
 from attnpass.policy import Policy
 from attnpass.warn import of_failures, once
 
@@ -57,16 +57,21 @@ def backend(
     report, compiled = ready(gm, done.report, done.other, example_inputs, setup.inner)
     if setup.compiled:
         report = fence.told(report)
+    if setup.unfenced is not None:
+        report = _also(report, Failure.of(name, "fence", setup.unfenced, "all patterns of inductor"))
     try:
         trace(report)
     except Exception as error:
-        failure = Failure.of(name, "trace", error, "trace")
-        report = dataclasses.replace(report, failures=(*report.failures, failure))
+        report = _also(report, Failure.of(name, "trace", error, "trace"))
     _attempted(of_failures, report)
     if number is not None:
         _attempted(session.record, number, report)
     insist(setup.policy, report)
     return compiled()
+
+
+def _also(report: Report, failure: Failure) -> Report:
+    return dataclasses.replace(report, failures=(*report.failures, failure))
 
 
 def _attempted(tell: Callable[..., Any], *args: Any) -> Any:
@@ -97,6 +102,7 @@ class Setup:
     policy: Policy
     inner: Inner
     compiled: bool  # the inner backend is inductor
+    unfenced: Exception | None = None  # why there is no fence, so that inductor looks for no pattern at all
 
     @classmethod
     def of(cls, mode: str | None, options: Mapping[str, Any] | None) -> Setup:
@@ -106,13 +112,14 @@ class Setup:
             if name not in known:
                 raise AttnpassError(f"unknown option {name!r}{_hint(str(name), known)}")
         inner, patches = given.pop("inner", "inductor"), given.pop("inductor", None)
-        return cls(resolved(given), _inner(inner, patches, mode), inner == "inductor")
-
-
-def _inner(inner: Any, patches: Any, mode: str | None) -> Inner:
-    if inner == "inductor":
-        return _inductor(patches, mode)
-    return fence.within(_other(inner, patches, mode))
+        policy = resolved(given)
+        if inner == "inductor":
+            inductor = _inductor(patches, mode)
+            inductor.config, unfenced = fence.fenced(inductor.config)
+            return cls(policy, inductor, True, unfenced)
+        behind = _other(inner, patches, mode)
+        settings, unfenced = fence.fenced()
+        return cls(policy, fence.within(behind, settings), False, unfenced)
 
 
 def _other(inner: Any, patches: Any, mode: str | None) -> Inner:
@@ -136,7 +143,7 @@ def _other(inner: Any, patches: Any, mode: str | None) -> Inner:
     return lookup_backend(inner)
 
 
-def _inductor(patches: Any, mode: str | None) -> Inner:
+def _inductor(patches: Any, mode: str | None) -> Any:
     """Inductor as torch.compile would call it, its own checks of modes and settings included."""
     if patches is not None and not isinstance(patches, Mapping):
         raise AttnpassError(f"option 'inductor' is a dictionary of inductor's settings, not {patches!r}")
@@ -152,7 +159,6 @@ def _inductor(patches: Any, mode: str | None) -> Inner:
             if str(name).replace("-", "_") not in settings:
                 raise AttnpassError(f"inductor has no setting {name!r}{_hint(str(name), settings)}") from error
         raise AttnpassError(f"option 'inductor': {error}") from error
-    inductor.config = fence.inductor_settings(inductor.config)
     return inductor
 
 

@@ -79,7 +79,10 @@ class _Fence(CustomGraphPass):
         known = [one.uuid() if isinstance(one, CustomGraphPass) else None for one in self.theirs]
         if not all(known):
             return None  # nothing is cached then, as without us
-        return (type(self).__name__, "attnpass", _VERSION, identity(), _allowed(), *known)
+        try:
+            return (type(self).__name__, "attnpass", _VERSION, identity(), _allowed(), *known)
+        except Exception:
+            return None
 
 
 def _allowed() -> tuple[str, ...]:
@@ -124,13 +127,23 @@ def inductor_settings(settings: Mapping[str, Any] | None = None) -> dict[str, An
     return {**(settings or {}), _BEFORE: Hide(passes(_BEFORE)), _AFTER: Show(passes(_AFTER))}
 
 
-def within(inner: Callable[[GraphModule, Any], Any]) -> Callable[[GraphModule, Any], Any]:
+def fenced(settings: Mapping[str, Any] | None = None) -> tuple[dict[str, Any], Exception | None]:
+    """The same, and what went wrong if the fence cannot be built: inductor looks for no pattern then, not even for
+    those that are needed to be fast.
+    """
+    try:
+        return inductor_settings(settings), None
+    except Exception as error:
+        return {**(settings or {}), "pattern_matcher": False}, error
+
+
+def within(inner: Callable[[GraphModule, Any], Any], settings: dict[str, Any]) -> Callable[[GraphModule, Any], Any]:
     """Another backend than inductor behind the fence: it may well end there."""
 
     def run(gm: GraphModule, example_inputs: Any) -> Any:
         from torch._inductor import config
 
-        with config.patch(inductor_settings()):
+        with config.patch(settings):
             return inner(gm, example_inputs)
 
     return run

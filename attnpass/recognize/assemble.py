@@ -19,6 +19,7 @@ from attnpass.errors import Refuse
 from attnpass.graph import State, dtype_text, size_text, state_of, tensor
 from attnpass.reasons import Reason, reason
 from attnpass.recognize.axes import Axes, atoms
+from attnpass.recognize.gradients import asked
 from attnpass.recognize.meaning import Meaning, as_fills, describe_layers
 from attnpass.recognize.operands import Candidate, Reach, candidates, cheapest
 from attnpass.recognize.ops import describe, op_name
@@ -64,7 +65,7 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     qs, ks, vs, dtype = operands.qs, operands.ks, operands.vs, operands.dtype
     outer = outer_axes(scores, named, qs, ks, vs, w)
     sources = (found.q, found.k, v_node, *(() if found.at.sink is None else (found.at.sink.node,)))
-    grad = any(x.meta.get("attnpass_grad", False) for x in sources)
+    grad = any(asked(x, state) for x in sources)
     layers = as_fills(tuple(_resolved(layer, axes) for layer in found.at.layers), effects, dtype, grad=grad)
     roles = assign_roles(anchor, named, outer, layers, qs, ks, axes)
     q = cheapest(qs, (roles.batch, roles.heads, roles.queries, roles.width), axes)
@@ -78,7 +79,7 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     kept = {p.node for p in (q.placed, k.placed, v.placed, *beside, *(p for p, _ in scale.tensors))}
     form, others = escaping(region, result, kept, effects, place.live)
     low = EmptyRow.MEAN if found.at.centred else anchor.low
-    masks = describe_layers(layers, effects, dtype, roles, axes, grad=grad, floored=found.at.floored, low=low)
+    masks = describe_layers(layers, effects, dtype, roles, axes, state, grad=grad, floored=found.at.floored, low=low)
     spec = _spec(roles, axes, dtype, scale, found, out, masks, anchor, grad=grad, weights_used=bool(others))
     spec = dataclasses.replace(spec, inference=state.inference)
     return Site(

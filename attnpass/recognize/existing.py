@@ -28,6 +28,7 @@ from attnpass.errors import Refuse
 from attnpass.graph import dtype_text, is_one, same, size_text, state_of, tensor
 from attnpass.recognize.assemble import STREAM, Place
 from attnpass.recognize.axes import Axes, atoms
+from attnpass.recognize.gradients import asked
 from attnpass.recognize.meaning import describe_layers
 from attnpass.recognize.operands import Candidate, Reach, candidates, cheapest, fewest_axes
 from attnpass.recognize.ops import bound, op_name
@@ -242,8 +243,9 @@ def _spec(call: _Call, roles: Roles, layers: tuple[Layer, ...], axes: Axes, plac
     groups = axes.dim_size(roles.group)
     if not isinstance(groups, int):
         raise _unsure(call.node, "a symbolic number of heads")
-    grad = any(x.meta.get("attnpass_grad", False) for x in (call.q, call.k, call.v))
-    masks = describe_layers(layers, place.effects, call.tq.dtype, roles, axes, grad=grad, floored=False)
+    state = state_of(call.node, place.default)
+    grad = any(asked(x, state) for x in (call.q, call.k, call.v))
+    masks = describe_layers(layers, place.effects, call.tq.dtype, roles, axes, state, grad=grad, floored=False)
     batch, shared = size(roles.batch), size(roles.shared)
     return AttentionSpec(
         q=(batch, size(roles.heads), size(roles.queries), size(roles.width)),

@@ -26,6 +26,13 @@ def mark_gradients(graph: Graph, default: State, effects: Effects) -> None:
             reached.update(memory.get(node, ()))
 
 
+def asked(node: Node, state: State) -> bool:
+    """A gradient may be asked of an operand of what runs under this state: an input says that it needs one even where
+    nothing is recorded.
+    """
+    return state.grad and bool(node.meta.get("attnpass_grad", False))
+
+
 def _flows(node: Node, default: State, effects: Effects, reached: set[Node]) -> bool:
     val = value(node)
     recorded = isinstance(val, torch.Tensor) and val.requires_grad

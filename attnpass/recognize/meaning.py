@@ -15,9 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from attnpass.graph import dtype_text, size_text, tensor
+from attnpass.graph import State, dtype_text, size_text, tensor
 from attnpass.reasons import Reason, reason
 from attnpass.recognize.axes import Axes
+from attnpass.recognize.gradients import asked
 from attnpass.recognize.ops import number_in
 from attnpass.recognize.purity import Effects
 from attnpass.recognize.values import levels
@@ -48,6 +49,7 @@ def describe_layers(
     dtype: torch.dtype,
     roles: Roles,
     axes: Axes,
+    state: State,
     *,
     grad: bool,
     floored: bool,
@@ -79,7 +81,7 @@ def describe_layers(
         assumptions.append(NO_GRADIENT)
     return Meaning(
         mask=MaskSpec(dense=bool(fills)),
-        bias=tuple(_bias(layer, effects, dtype, roles, axes) for layer in adds),
+        bias=tuple(_bias(layer, effects, dtype, roles, axes, state) for layer in adds),
         empty=empty,
         in_order=in_order,
         assumptions=tuple(assumptions),
@@ -141,7 +143,7 @@ def _as_fill(layer: Add, effects: Effects) -> Layer:
     return Fill(layer.tensor, off=True, value=fill, dtype=val.dtype, lowest=lowest, additive=True)
 
 
-def _bias(layer: Add, effects: Effects, dtype: torch.dtype, roles: Roles, axes: Axes) -> BiasSpec:
+def _bias(layer: Add, effects: Effects, dtype: torch.dtype, roles: Roles, axes: Axes, state: State) -> BiasSpec:
     node = layer.tensor.node
     val = tensor(node)
     assert val is not None
@@ -150,11 +152,10 @@ def _bias(layer: Add, effects: Effects, dtype: torch.dtype, roles: Roles, axes: 
     for part in (roles.batch, roles.heads, roles.queries, roles.keys):
         size = axes.dim_size(tuple(a for a in part if a in own))
         shape.append(size_text(size))
-    grad = bool(node.meta.get("attnpass_grad", False))
     found = levels(node, effects) if layer.factor.is_number else None
     few = found is not None and all(_survives(v * layer.factor.number, dtype) for v in found)
     fits = torch.promote_types(val.dtype, dtype) == dtype
-    return BiasSpec(shape=tuple(shape), dtype=dtype_text(val.dtype), grad=grad, exact=few or fits)
+    return BiasSpec(shape=tuple(shape), dtype=dtype_text(val.dtype), grad=asked(node, state), exact=few or fits)
 
 
 def _survives(v: float, dtype: torch.dtype) -> bool:

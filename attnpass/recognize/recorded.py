@@ -12,10 +12,11 @@ import torch
 from torch.fx import Node
 
 from attnpass.errors import Refuse
-from attnpass.graph import dtype_text, size_text, state_of, tensor
+from attnpass.graph import State, dtype_text, size_text, state_of, tensor
 from attnpass.reasons import reason
 from attnpass.recognize.assemble import Place
 from attnpass.recognize.axes import Axes
+from attnpass.recognize.gradients import asked
 from attnpass.recognize.ops import bound, op_name
 from attnpass.site import Factor, Layout, Placed, Roles, Site
 from attnpass.spec import AttentionSpec, BiasSpec, EmptyRow, MaskSpec, Size
@@ -30,15 +31,15 @@ def recorded(node: Node, place: Place) -> Site:
         raise Refuse("unknown_arguments", node, op=op_name(node), detail="not three tensors")
     if any(isinstance(size, int) and size == 0 for t in (tq, tk, tv) for size in t.shape):
         raise Refuse("empty_tensor", node)
+    state = state_of(node, place.default)
     mask_arg = args.get("attn_mask", args.get("attn_bias"))
-    mask, bias, empty = _mask(mask_arg, bool(args.get("is_causal")))
+    mask, bias, empty = _mask(mask_arg, bool(args.get("is_causal")), state)
     scale = args.get("scale")
     known: Any = scale if scale is not None else tq.shape[-1] ** -0.5
     q_shape, k_shape, v_shape = _canonical(tq), _canonical(tk), _canonical(tv)
     groups = 1
     if isinstance(q_shape[1], int) and isinstance(k_shape[1], int) and k_shape[1] and q_shape[1] % k_shape[1] == 0:
         groups = q_shape[1] // k_shape[1]
-    state = state_of(node, place.default)
     p = args.get("dropout_p", 0.0)
     spec = AttentionSpec(
         q=q_shape,
@@ -52,7 +53,7 @@ def recorded(node: Node, place: Place) -> Site:
         bias=bias,
         dropout=float(p) if isinstance(p, int | float) else str(p),
         empty_rows=empty,
-        grad=any(x.meta.get("attnpass_grad", False) for x in (q, k, v)),
+        grad=any(asked(x, state) for x in (q, k, v)),
     )
     nothing: Layout = ()
     return Site(
@@ -88,12 +89,12 @@ def _canonical(t: torch.Tensor) -> tuple[Size, ...]:
     return tuple(size_text(s) for s in (batch, *shape[-3:]))
 
 
-def _mask(arg: Any, causal: bool) -> tuple[MaskSpec, tuple[BiasSpec, ...], EmptyRow]:
+def _mask(arg: Any, causal: bool, state: State) -> tuple[MaskSpec, tuple[BiasSpec, ...], EmptyRow]:
     start = 0 if causal else None  # is_causal is aligned top-left, whatever the lengths
     val = tensor(arg) if isinstance(arg, Node) else None
     if val is None:
         return MaskSpec(causal=start), (), EmptyRow.IMPOSSIBLE
     if val.dtype is torch.bool:
         return MaskSpec(causal=start, dense=True), (), EmptyRow.ZERO
-    bias = BiasSpec(shape=_canonical(val), dtype=dtype_text(val.dtype), grad=bool(arg.meta.get("attnpass_grad", False)))
+    bias = BiasSpec(shape=_canonical(val), dtype=dtype_text(val.dtype), grad=asked(arg, state))
     return MaskSpec(causal=start), (bias,), EmptyRow.ZERO

@@ -20,7 +20,7 @@ from attnpass.gain import gained
 from attnpass.graph import State
 from attnpass.kernels import kernels
 from attnpass.kernels.native import Native
-from attnpass.prove import Proved, prove
+from attnpass.prove import WAIVED, Proved, prove
 from attnpass.recognize import find
 from attnpass.recognize.ops import bound, op_name
 from attnpass.site import Add, Fill, Site
@@ -103,6 +103,20 @@ def test_a_mask_that_may_leave_a_query_without_keys_goes_to_the_new_call_as_it_i
     call, ops = written(attend, *qkv(), torch.rand(3, 1, 5, 7) < 0.5)
     assert call["attn_mask"].op == "placeholder"
     assert not ops & {"any", "logical_or", "where"}  # no repair: the call itself says what such a row gives
+
+
+def test_where_queries_without_keys_are_waived_the_call_may_be_any() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, repeat_kv(k, 4), repeat_kv(v, 4), mask)
+
+    # torch's fused kernel for the CPU takes no mask of three dimensions, so what answers changes with the call
+    program = exported(attend, *qkv(), torch.rand(1, 5, 7) < 0.5)
+    assert attnpass.rewrite(program)[1].replaced == 0
+    new, report = attnpass.rewrite(program, policy=attnpass.Policy(empty_rows="dont_care"))
+    assert report.replaced == 1
+    assert WAIVED in report.sites[0].assumptions
+    args = (*qkv(), torch.rand(1, 5, 7) < 0.9)
+    torch.testing.assert_close(new.module()(*args), program.module()(*args))
 
 
 # -- what is recognised ----------------------------------------------------------------------------------------------
