@@ -36,6 +36,7 @@ class State:
     grad: bool = True
     functorch: int = 0  # depth of vmap/grad/jvp levels
     inference: bool = False  # the graph may be run under either grad mode; choose as if without
+    strides_hold: bool = False  # what the graph is called with always has the strides that it was traced with
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:

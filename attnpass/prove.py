@@ -33,6 +33,7 @@ from attnpass.masks.lift import Unliftable
 from attnpass.masks.logic import TooLarge
 from attnpass.masks.settled import Settled
 from attnpass.reasons import Reason, reason
+from attnpass.recognize.existing import LAYOUT
 from attnpass.recognize.meaning import NO_GRADIENT
 from attnpass.site import Add, Fill, Layer, Site
 from attnpass.spec import EmptyRow, is_causal
@@ -123,7 +124,7 @@ def _prove(site: Site, masks: Masks, settled: Settled, held: frozenset[str]) -> 
         ),
         empty_rows=site.spec.empty_rows if rows is None else _beside_sink(site, rows),
     )
-    assumed = tuple(a for a in site.assumptions if not (sure and a == NO_GRADIENT))
+    assumed = tuple(a for a in site.assumptions if not (sure and a in (NO_GRADIENT, LAYOUT)))
     site = dataclasses.replace(
         site,
         spec=spec,
@@ -148,7 +149,7 @@ def waive(proved: Proved) -> Proved:
         site,
         waived=True,
         in_order=False,
-        assumptions=tuple(a for a in site.assumptions if a != NO_GRADIENT),
+        assumptions=tuple(a for a in site.assumptions if a not in (NO_GRADIENT, LAYOUT)),
         obstacles=tuple(o for o in site.obstacles if not _about_rows(o)),
     )
     return dataclasses.replace(proved, site=site)

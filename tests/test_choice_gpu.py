@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import attnpass
@@ -126,3 +127,30 @@ def test_decoding_behind_a_long_static_cache(batch: int) -> None:
     sites = attnpass.report().sites
     assert {site.kernel for site in sites} == {"flex"}
     assert len(sites) == 4
+
+
+class HeadsInnermost(nn.Module):
+    """As T5 calls it: torch's kernels do not read this mask, so it computes the call unfused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(512, 512, 12))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        mask = self.table.to(q.dtype).permute(2, 0, 1)[None] + pad
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=0.2)
+
+
+@pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.bfloat16).min])
+def test_a_call_that_torch_computes_unfused_is_fused(low: float) -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 4, 12, 512, 64, dtype=torch.bfloat16, device="cuda").unbind(0)
+    pad = torch.zeros(4, 1, 512, 512, dtype=torch.bfloat16, device="cuda")
+    pad[1, ..., 400:] = low
+    pad[2, :, 7] = low
+    module = HeadsInnermost().cuda().requires_grad_(False)
+    assert not held(module, (q, k, v, pad), torch.compile(module, backend=backend), grad=False)
+    (site,) = attnpass.report().sites
+    assert site.replaced
+    out = torch.compile(module, backend=backend)(q, k, v, pad)
+    assert not out[2, :, 7].any() if low == -torch.inf else out[2, :, 7].any()

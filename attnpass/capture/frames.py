@@ -66,7 +66,8 @@ def ambient() -> State:
     )
     levels = int(torch._C._functorch.peek_interpreter_stack() is not None)
     levels += int(torch.autograd.forward_ad._current_level >= 0)
-    return State(autocast=autocast, grad=torch.is_grad_enabled(), functorch=levels)
+    # Dynamo guards the strides of inputs
+    return State(autocast=autocast, grad=torch.is_grad_enabled(), functorch=levels, strides_hold=True)
 
 
 def process(

@@ -11,6 +11,9 @@ What a call means is taken from torch's documentation: the last two axes are len
 the last of them are the heads; `enable_gqa` repeats every key/value head contiguously; a boolean mask keeps where it
 is True, any other is added; `is_causal` keeps j <= i, counted from the start of both, whatever the lengths. Calls about
 which anything is uncertain are only recorded.
+
+Where it is certain that torch takes its unfused form, the call is attention written by hand in all but name (T5: heads
+innermost in the mask, so that no kernel reads it), and a site like that.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from attnpass.graph import dtype_text, is_one, same, size_text, state_of, tensor
 from attnpass.recognize.assemble import STREAM, Place
 from attnpass.recognize.axes import Axes, atoms
 from attnpass.recognize.gradients import asked
-from attnpass.recognize.meaning import describe_layers
+from attnpass.recognize.meaning import Meaning, describe_layers
 from attnpass.recognize.operands import Candidate, Reach, candidates, cheapest, fewest_axes
 from attnpass.recognize.ops import bound, op_name
 from attnpass.recognize.recorded import recorded
@@ -157,7 +160,13 @@ def _site(node: Node, place: Place) -> Site:
     k = _unrepeated(ks, (roles.batch, roles.shared, keys, width), group, axes)
     v = _unrepeated(vs, (roles.batch, roles.shared, keys, v_width), group, axes)
     layers = _layers(call, (*outer, queries, keys), axes)
-    spec = _spec(call, roles, layers, axes, place)
+    grad = any(asked(x, state) for x in (call.q, call.k, call.v))
+    masks = describe_layers(layers, effects, call.tq.dtype, roles, axes, state, grad=grad, floored=False)
+    by_hand = _unfused(call) and all(bias.exact for bias in masks.bias)
+    spec = _spec(call, roles, masks, axes, grad=grad, by_hand=by_hand)
+    assumptions = STREAM if call.dropout else ()
+    if by_hand:
+        assumptions = (*assumptions, *masks.assumptions, *(() if state.strides_hold else (LAYOUT,)))
     return Site(
         anchor=node,
         output=node,
@@ -169,6 +178,8 @@ def _site(node: Node, place: Place) -> Site:
         roles=roles,
         scale=Factor(call.scale),
         layers=layers,
+        in_order=by_hand and masks.in_order,
+        hollow=EmptyRow.ZERO if by_hand else EmptyRow.NAN,
         causal=call.causal,
         softcap=None,
         sink=None,
@@ -177,9 +188,24 @@ def _site(node: Node, place: Place) -> Site:
         region=(node,),
         state=state,
         output_written=effects.written(node),
-        assumptions=STREAM if call.dropout else (),
-        existing_call=True,
+        assumptions=assumptions,
+        obstacles=masks.obstacles if by_hand else (),
+        existing_call=not by_hand,
     )
+
+
+# Where no fused kernel of torch is chosen for a mask whose keys do not lie side by side in memory.
+_SIDE_BY_SIDE = frozenset({"cuda"})
+LAYOUT = "the mask of this call is laid out in memory as it was when the program was traced"
+
+
+def _unfused(call: _Call) -> bool:
+    """Torch takes its unfused form for this call, which gives 0 where a mask of -inf leaves a query no key."""
+    mask = None if call.mask is None else tensor(call.mask)
+    if mask is None or mask.device.type not in _SIDE_BY_SIDE or mask.dim() < 2 or call.dropout != 0.0:
+        return False
+    stride = mask.stride(-1)
+    return isinstance(stride, int) and stride != 1 and not is_one(mask.shape[-1])
 
 
 def _shared(call: _Call, t: torch.Tensor, outer: Layout, axes: Axes) -> Layout:
@@ -236,16 +262,16 @@ def _layers(call: _Call, scores: Layout, axes: Axes) -> tuple[Layer, ...]:
     return (Add(placed, Factor()),)
 
 
-def _spec(call: _Call, roles: Roles, layers: tuple[Layer, ...], axes: Axes, place: Place) -> AttentionSpec:
+def _spec(call: _Call, roles: Roles, masks: Meaning, axes: Axes, *, grad: bool, by_hand: bool) -> AttentionSpec:
     def size(part: tuple[Atom, ...]) -> Size:
         return size_text(axes.dim_size(part))
 
     groups = axes.dim_size(roles.group)
     if not isinstance(groups, int):
         raise _unsure(call.node, "a symbolic number of heads")
-    state = state_of(call.node, place.default)
-    grad = any(asked(x, state) for x in (call.q, call.k, call.v))
-    masks = describe_layers(layers, place.effects, call.tq.dtype, roles, axes, state, grad=grad, floored=False)
+    rows = EmptyRow.IMPOSSIBLE if call.mask is None else EmptyRow.ZERO
+    if by_hand and masks.empty is not EmptyRow.NAN:
+        rows = masks.empty
     batch, shared = size(roles.batch), size(roles.shared)
     return AttentionSpec(
         q=(batch, size(roles.heads), size(roles.queries), size(roles.width)),
@@ -258,6 +284,6 @@ def _spec(call: _Call, roles: Roles, layers: tuple[Layer, ...], axes: Axes, plac
         mask=dataclasses.replace(masks.mask, causal=0 if call.causal else None),
         bias=masks.bias,
         dropout=call.dropout,
-        empty_rows=EmptyRow.ZERO if layers else EmptyRow.IMPOSSIBLE,
+        empty_rows=rows,
         grad=grad,
     )

@@ -21,7 +21,8 @@ from attnpass.graph import State
 from attnpass.kernels import kernels
 from attnpass.kernels.native import Native
 from attnpass.prove import WAIVED, Proved, prove
-from attnpass.recognize import find
+from attnpass.recognize import existing, find
+from attnpass.recognize.existing import LAYOUT
 from attnpass.recognize.ops import bound, op_name
 from attnpass.site import Add, Fill, Site
 from tests.models import torchvision_stub
@@ -117,6 +118,63 @@ def test_where_queries_without_keys_are_waived_the_call_may_be_any() -> None:
     assert WAIVED in report.sites[0].assumptions
     args = (*qkv(), torch.rand(1, 5, 7) < 0.9)
     torch.testing.assert_close(new.module()(*args), program.module()(*args))
+
+
+def heads_innermost(q: Tensor, k: Tensor, v: Tensor, table: Tensor, pad: Tensor) -> Tensor:
+    """As T5 makes its bias."""
+    return F.scaled_dot_product_attention(q, k, v, table.permute(2, 0, 1)[None] + pad, scale=1.0)
+
+
+def t5(low: float) -> tuple[Tensor, ...]:
+    """Of the first sequence the third query has no key."""
+    pad = torch.zeros(2, 1, 8, 8)
+    pad[0, :, :, 6:] = low
+    pad[0, :, 2] = low
+    return (*torch.randn(3, 2, 4, 8, 16), torch.randn(8, 8, 4), pad)
+
+
+@pytest.mark.parametrize("low", [-INF, torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_call_that_torch_computes_unfused_is_attention_by_hand(
+    low: float, grad: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert attnpass.rewrite(exported(heads_innermost, *t5(low)))[1].sites[0].reason.code == "already_fused"
+    monkeypatch.setattr(existing, "_SIDE_BY_SIDE", {"cpu"})
+    inputs = t5(low)
+    for x in inputs[:3]:
+        x.requires_grad_(grad)
+    program = exported(heads_innermost, *inputs)
+    new, report = attnpass.rewrite(program)
+    (site,) = report.sites
+    assert site.replaced
+    assert LAYOUT in site.assumptions
+    found, true = new.module()(*inputs), heads_innermost(*inputs)
+    torch.testing.assert_close(found, true)
+    if low == -INF:
+        assert not true[0, :, 2].any()
+    if grad:
+        weight = torch.randn_like(true)
+        if low != -INF:
+            weight[0, :, 2] = 0  # no gradient is asked of a query that a bias masks entirely
+        mine, theirs = (torch.autograd.grad((y * weight).sum(), inputs[:3]) for y in (found, true))
+        torch.testing.assert_close(mine, theirs)
+    strict = attnpass.rewrite(program, policy=attnpass.Policy(strict=True))[1]
+    assert strict.sites[0].reason.code == "strict"
+
+
+def test_dynamo_guards_how_a_mask_is_laid_out(monkeypatch: pytest.MonkeyPatch, fresh_dynamo: None) -> None:
+    monkeypatch.setattr(existing, "_SIDE_BY_SIDE", {"cpu"})
+    attnpass.reset()
+    args = t5(-INF)
+    compiled = torch.compile(heads_innermost, backend="attnpass", options={"inner": "eager", "strict": True})
+    torch.testing.assert_close(compiled(*args), heads_innermost(*args))
+    (site,) = attnpass.report().sites
+    assert site.replaced
+    assert not site.assumptions
+    # another layout is another graph
+    other = args[3].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    compiled(*args[:3], other, args[4])
+    assert [site.replaced for site in attnpass.report().sites] == [True, False]
 
 
 # -- what is recognised ----------------------------------------------------------------------------------------------
