@@ -34,6 +34,7 @@ from torch.fx import Graph, GraphModule, Node
 from attnpass.choose import Choice
 from attnpass.emit import build
 from attnpass.errors import first_line
+from attnpass.excerpt import excerpt, needed
 from attnpass.files import is_plain, read_bounded, write_whole
 from attnpass.graph import Shared, hint, tensor, value
 from attnpass.kernels import Kernel
@@ -114,30 +115,17 @@ def _of_kernel(graph: Graph, proved: Proved, kernel: Kernel) -> Cut:
 
 def cut(end: Node, inside: set[Node]) -> Cut:
     """The nodes of `inside` that `end` needs, as a module of whatever else they read."""
-    needed: set[Node] = set()
-    work = [end]
-    while work:
-        node = work.pop()
-        if node not in needed:
-            needed.add(node)
-            work += [arg for arg in node.all_input_nodes if node in inside]
-    graph, twin, root = Graph(), dict[Node, Any](), torch.nn.Module()
+    parts = needed([end], inside)
+    graph, twin = Graph(), dict[Node, Any]()
     reads: list[Node] = []
     for node in end.graph.nodes:
-        if node in needed and node not in inside:
+        if node in parts and node not in inside:
             if tensor(node) is None:
                 twin[node] = _hint(value(node))
             else:
                 reads.append(node)
                 twin[node] = graph.placeholder(f"given{len(reads)}")
-    for node in end.graph.nodes:
-        if node in needed and node in inside:
-            twin[node] = graph.node_copy(node, lambda n: twin[n])
-            if node.op == "get_attr":
-                twin[node].target = f"function{len(twin)}"
-                setattr(root, twin[node].target, value(node))
-    graph.output((twin[end],))
-    return Cut(GraphModule(root, graph), tuple(reads))
+    return Cut(excerpt(graph, end, parts & inside, twin), tuple(reads))
 
 
 def _hint(size: Any) -> Any:

@@ -16,6 +16,7 @@ are left out, and said to be.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -36,7 +37,7 @@ from attnpass.errors import AttnpassError, first_line
 from attnpass.ledger import Decision, Report, merge
 from attnpass.policy import Policy
 from attnpass.trial import Built, Given, Pair
-from attnpass.trial.compare import Gap, gap, largest
+from attnpass.trial.compare import Gap, gap, largest, weights
 from attnpass.trial.reference import widened
 from attnpass.trial.reproducer import Reproducer, reproducer
 
@@ -174,8 +175,8 @@ class _Search:
             heads = [x for x in found.values() if x.requires_grad]
             if not trained or not heads:
                 raise AttnpassError("there is no gradient to compare: no parameter requires one, or grad mode is off")
-            weights = [_weight(x) for x in heads]
-            grads = torch.autograd.grad(heads, list(trained.values()), weights, allow_unused=True)
+            given = list(map(weights, heads))
+            grads = torch.autograd.grad(heads, list(trained.values()), given, allow_unused=True)
             found |= {f"gradient of {n}": g for n, g in zip(trained, grads, strict=True) if g is not None}
         return {name: x.detach().clone() for name, x in found.items()}
 
@@ -288,16 +289,12 @@ class _InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*tree_map(widened, args), **tree_map(widened, kwargs or {}))
 
 
-class _seeded:
+@contextlib.contextmanager
+def _seeded() -> Iterator[None]:
     """The same random numbers in every run, and the user's afterwards."""
-
-    def __enter__(self) -> None:
-        self.fork = torch.random.fork_rng()
-        self.fork.__enter__()
+    with torch.random.fork_rng():
         torch.manual_seed(_SEED)
-
-    def __exit__(self, *error: Any) -> None:
-        self.fork.__exit__(*error)
+        yield
 
 
 def _double(x: Any) -> Any:
@@ -308,10 +305,6 @@ def _double(x: Any) -> Any:
 
 def _off(x: Tensor, true: Tensor) -> float:
     return largest(x.double() - true)
-
-
-def _weight(x: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, max(x.numel(), 2), dtype=x.dtype, device=x.device)[: x.numel()].view(x.shape)
 
 
 def _parameters(subject: Any) -> Iterator[tuple[str, Tensor]]:

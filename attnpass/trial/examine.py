@@ -28,7 +28,7 @@ from attnpass.ledger import Trial
 from attnpass.masks.writes import Writes
 from attnpass.recognize.meaning import NO_GRADIENT
 from attnpass.trial import inputs
-from attnpass.trial.compare import Gap, gap, largest
+from attnpass.trial.compare import Gap, gap, largest, weights
 from attnpass.trial.inputs import Given, Values, copied
 from attnpass.trial.pair import Built, Pair, Untried, paired
 
@@ -230,10 +230,8 @@ def outcome(
         out = out[0] if isinstance(out, tuple | list) else out
         if not leaves or not out.requires_grad:
             return out.detach(), []
-        weight = torch.linspace(-1, 1, max(out.numel(), 2), dtype=torch.float64, device=out.device)[: out.numel()]
-        weight = weight.view(out.shape).to(out.dtype)
-        weight = weight if unasked is None else weight.masked_fill(unasked, 0.0)
-        grads = torch.autograd.grad(out, list(leaves), weight, allow_unused=True)
+        given = weights(out) if unasked is None else weights(out).masked_fill(unasked, 0.0)
+        grads = torch.autograd.grad(out, list(leaves), given, allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
     return out.detach(), filled
 

@@ -24,6 +24,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from attnpass.emit import build
+from attnpass.excerpt import excerpt, needed
 from attnpass.graph import Shared, tensor, value
 from attnpass.kernels import Kernel
 from attnpass.masks.writes import Writes
@@ -267,32 +268,19 @@ def _side(end: Node, inside: Collection[Node], own: Collection[Node], names: Map
     """The nodes of `inside` that `end` needs, as a module of whatever else they read; `names`: by which name of its
     memory an operand goes.
     """
-    needed: set[Node] = set()
     # what writes in place is needed though nobody reads its result: readers go on reading what it has written to
-    work = [end, *(node for node in own if _writes(node))]
-    while work:
-        node = work.pop()
-        if node not in needed:
-            needed.add(node)
-            work += [arg for arg in node.all_input_nodes if node in inside]
-    graph, twin, root = Graph(), dict[Node, Node](), torch.nn.Module()
-    outside = [node for node in end.graph.nodes if node in needed and node not in inside]
+    parts = needed([end, *(node for node in own if _writes(node))], inside)
+    graph, twin = Graph(), dict[Node, Node]()
+    outside = [node for node in end.graph.nodes if node in parts and node not in inside]
     reads = list(dict.fromkeys(names.get(_memory(node), node) for node in outside))
     for at, node in enumerate(reads):
         twin[node] = graph.placeholder(f"given{at}")
         twin[node].meta["val"] = value(node)
     for node in outside:
         twin[node] = twin[names.get(_memory(node), node)]
-    for node in end.graph.nodes:
-        if node in needed and node in inside:
-            twin[node] = graph.node_copy(node, twin.__getitem__)
-            if node.op == "get_attr":
-                name = f"function{len(twin)}"
-                twin[node].target = name
-                setattr(root, name, value(node))
-    graph.output(twin[end])
-    own_names = frozenset(twin[node].name for node in needed if node in own)
-    return Side(GraphModule(root, graph), tuple(reads), own_names)
+    module = excerpt(graph, end, parts.intersection(inside), twin)
+    own_names = frozenset(twin[node].name for node in parts if node in own)
+    return Side(module, tuple(reads), own_names)
 
 
 def _writes(node: Node) -> bool:
