@@ -120,7 +120,7 @@ def _prove(site: Site, masks: Masks, settled: Settled, held: frozenset[str]) -> 
         bias=tuple(
             b
             for b, (_, term) in zip(site.spec.bias, _added(site.layers, terms), strict=True)
-            if term is None or not term.bias.droppable
+            if term is None or not term.droppable
         ),
         empty_rows=site.spec.empty_rows if rows is None else _beside_sink(site, rows),
     )
@@ -169,7 +169,7 @@ def _idle(layer: Layer, term: AddedTerm | None, proof: MaskProof) -> bool:
     """The layer does nothing: it adds what softmax cannot see, or it is a fill that never applies."""
     if isinstance(layer, Fill):
         return proof.nothing_masked
-    return term is not None and term.bias.droppable and not term.masking
+    return term is not None and term.droppable and not term.masking
 
 
 def _beside_sink(site: Site, rows: EmptyRow) -> EmptyRow:

@@ -84,7 +84,7 @@ def stepped(
             score = call(aten.where.ScalarOther, render(proof.keep, torch.bool), score, step)
             continue
         before = score
-        if not step.bias.droppable:  # else it is the same for a whole row of scores
+        if not step.droppable:  # else it is the same for a whole row of scores
             score = call(aten.add.Tensor, score, addend(call, render, step))
         if step.masking:
             filled = call(aten.add.Tensor, before, proof.fills[0])

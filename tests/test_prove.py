@@ -258,3 +258,26 @@ def test_rows_without_a_key_beside_a_bias(
         mine, theirs = (torch.autograd.grad((x[1] * weight).sum(), inputs) for x in (got, true))
         for a, b in zip(mine, theirs, strict=True):
             torch.testing.assert_close(a[1], b[1])
+
+
+@pytest.mark.parametrize("number", [1e5, 1e9, 1e30, torch.finfo(torch.float32).max])
+@pytest.mark.parametrize("apply", [torch.add, torch.sub], ids=["add", "sub"])
+def test_a_number_that_swallows_scores_is_not_the_same_as_none(number: float, apply: Attend) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = torch.arange(q.shape[-2])[:, None]
+        kept = (rows >= 2).expand(-1, k.shape[-2]).float()  # of the first queries every key is marked
+        return apply(q @ k.mT, (1.0 - kept) * number).softmax(-1) @ v
+
+    program, report = rewritten(attend, *qkv())
+    assert report.replaced == 1
+    torch.testing.assert_close(program.module()(*qkv()), attend(*qkv()), rtol=1e-4, atol=1e-4)
+
+
+def test_an_ordinary_number_for_a_whole_row_is_dropped() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        rows = torch.arange(q.shape[-2])[:, None]
+        return (q @ k.mT - torch.where(rows >= 2, 1.5, 100.0)).softmax(-1) @ v
+
+    (site,) = rewritten(attend, *qkv())[1].sites
+    assert site.replaced
+    assert not site.spec.bias

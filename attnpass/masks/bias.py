@@ -40,6 +40,7 @@ from attnpass.masks.substitute import substitute
 
 CERTAIN = -1e30  # no score that is a number of ordinary size can be outweighed
 ASSUMED = -1e8  # assumed, and said so
+BLURS = -6e4  # beside it a score loses digits that matter (the lowest float16 is about there)
 TAME = 1e3  # data below it are ordinary numbers, and stay such when they are slopes that distances are multiplied with
 
 Kind = Literal["none", "row", "alibi", "relative", "key", "dense"]
@@ -62,14 +63,17 @@ class Bias:
     kind: Kind
     alibi: Alibi | None = None
 
-    @property
-    def droppable(self) -> bool:
-        """Softmax gives the same without it. (Infinite data would not, so data is never dropped.)"""
-        finite = all(
-            isinstance(leaf, Int) or (isinstance(leaf, Const) and math.isfinite(leaf.value))
+    def droppable(self, factor: float) -> bool:
+        """Softmax gives the same without it: one number, and no great one, is added to all scores of a row.
+
+        Beside a great one (times the `factor` that it is added with) scores are lost, and all keys weigh the same.
+        Data may hold one, or an infinite one, so data is never dropped; integers are as exact as scores are.
+        """
+        plain = all(
+            isinstance(leaf, Int) or (isinstance(leaf, Const) and abs(leaf.value * factor) < -BLURS)
             for _, leaf in leaves(self.value)
         )
-        return self.kind == "none" or (self.kind == "row" and finite)
+        return self.kind == "none" or (self.kind == "row" and plain and abs(factor) < TAME)
 
 
 @dataclass(frozen=True, kw_only=True)

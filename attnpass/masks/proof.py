@@ -26,6 +26,11 @@ class AddedTerm:
     exact: bool  # where it masks, it is the fill itself and nothing more
     masking: bool  # it takes keys away somewhere
 
+    @property
+    def droppable(self) -> bool:
+        """Besides masking it does nothing that softmax can see."""
+        return self.bias.droppable(self.term.factor)
+
 
 @dataclass(frozen=True, kw_only=True)
 class MaskProof:
@@ -59,7 +64,7 @@ class MaskProof:
     @property
     def biases(self) -> tuple[AddedTerm, ...]:
         """What is added besides masking, without what softmax cannot see."""
-        return tuple(a for a in self.added if not a.bias.droppable)
+        return tuple(a for a in self.added if not a.droppable)
 
     @property
     def nothing_masked(self) -> bool:

@@ -171,7 +171,7 @@ class Masks:
         steps += structure.words()
         empty, why = empty_rows(keep, structure, frame, self.sizes)
         steps.append(f"a query without any key: {empty} ({why})")
-        kept = tuple(a for a in added if not a.bias.droppable)
+        kept = tuple(a for a in added if not a.droppable)
         read = {load for e in (keep, *(a.bias.value for a in kept)) for load in loads(e)}
         fills = set() if keep == TRUE else fills
         relied = self.lifter.assumed[-1]

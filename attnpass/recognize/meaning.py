@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from attnpass.graph import State, dtype_text, size_text, tensor
+from attnpass.masks.bias import ASSUMED, BLURS, CERTAIN
 from attnpass.reasons import Reason, reason
 from attnpass.recognize.axes import Axes
 from attnpass.recognize.gradients import asked
@@ -25,10 +26,7 @@ from attnpass.recognize.values import levels
 from attnpass.site import Add, Factor, Fill, Layer, Roles
 from attnpass.spec import BiasSpec, EmptyRow, MaskSpec, Size
 
-CERTAIN = -1e30
-ASSUMED = -1e8
 NO_GRADIENT = "no gradient is asked of a query that a bias masks entirely"
-BLURS = -6e4  # beside a bias this low a score loses digits that matter (the lowest float16 is about there)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,6 +35,13 @@ MASKS = (
         only("test_prove.py", "mistake"),
     ),
     Mutant(
+        "a number that swallows scores is dropped where it is the same for a whole row",
+        "masks/bias.py",
+        'self.kind == "row" and plain and abs(factor) < TAME',
+        'self.kind == "row"',
+        only("test_prove.py", "swallows_scores"),
+    ),
+    Mutant(
         "any bias is taken for an ordinary one",
         "prove.py",
         "    if not all(_ordinary(added, tame) for added in proof.biases):\n        return None",
