@@ -108,7 +108,7 @@ def run(
     for program in _drawn(count, seed):
         if inductor_every is not None and program.front == "compile":
             compiled += 1
-            # inductor's own code for FlexAttention on the CPU is wrong for heads this narrow: the real kernel refuses them
+            # inductor's code for FlexAttention on the CPU is wrong for heads this narrow; the real kernel refuses them
             fit = program.dropout != "live" and program.kernel != "fuzz_functions"
             if compiled % inductor_every == 0 and fit:
                 program = dataclasses.replace(program, inner="inductor")
