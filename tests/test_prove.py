@@ -281,3 +281,36 @@ def test_an_ordinary_number_for_a_whole_row_is_dropped() -> None:
     (site,) = rewritten(attend, *qkv())[1].sites
     assert site.replaced
     assert not site.spec.bias
+
+
+SUBTRACTED: dict[str, Attend] = {
+    "a fill of one minus a mask": lambda q, k, v: q @ k.mT - (1 - torch.ones(S, S).tril()) * 1e9,
+    "a marked triangle times the greatest number": lambda q, k, v: (
+        q @ k.mT - torch.ones(S, S).triu(1) * torch.finfo(torch.float32).max
+    ),
+    "a mask that is chosen": lambda q, k, v: q @ k.mT - torch.where(torch.ones(S, S).tril() == 1, 0.0, 1e30),
+    "infinity": lambda q, k, v: q @ k.mT - torch.full((S, S), INF).triu(1),
+    "taken from twice": lambda q, k, v: -((1 - torch.ones(S, S).tril()) * 1e9 - q @ k.mT),
+}
+
+
+@pytest.mark.parametrize("form", SUBTRACTED)
+def test_a_mask_may_be_subtracted(form: str) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return SUBTRACTED[form](q, k, v).softmax(-1) @ v
+
+    program, report = rewritten(attend, *qkv())
+    (site,) = report.sites
+    assert site.replaced
+    assert site.spec.mask == MaskSpec(causal=0)
+    torch.testing.assert_close(program.module()(*qkv()), attend(*qkv()))
+
+
+@pytest.mark.parametrize("number", [1e9, torch.finfo(torch.float32).max])
+def test_what_raises_scores_is_no_mask(number: float) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT - (1 - torch.ones(S, S).tril()) * -number).softmax(-1) @ v
+
+    program, report = rewritten(attend, *qkv())
+    assert report.sites[0].spec.mask.causal is None
+    torch.testing.assert_close(program.module()(*qkv()), attend(*qkv()), rtol=1e-4, atol=1e-4)

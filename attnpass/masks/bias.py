@@ -9,7 +9,6 @@ form is therefore read modulo such terms. `slope[h] * (j - i)` and `slope[h] * j
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -123,21 +122,21 @@ def _fill(leaf: Leaf, dtype: torch.dtype, factor: float) -> float | None:
     """The dominating number that a leaf is, or that is added to something in it."""
     if isinstance(leaf, Const):
         value = leaf.value * factor
-        return value if factor > 0 and not math.isnan(value) and dominates(value, dtype) else None
+        return value if dominates(value, dtype) else None
     if not isinstance(leaf, Fn) or leaf.kind != "real" or leaf.name not in ("add", "sub", "to"):
         return None
     for at, arg in enumerate(leaf.args):
         fill = _fill(arg, dtype, factor)
         others = leaf.args[:at] + leaf.args[at + 1 :]
         # x - fill is no fill, and two infinities may give NaN
-        if fill is not None and all(_tame(x) for x in others) and not (leaf.name == "sub" and at > 0):
+        if fill is not None and all(_tame(x, factor) for x in others) and not (leaf.name == "sub" and at > 0):
             return fill
     return None
 
 
-def _tame(leaf: Leaf) -> bool:
+def _tame(leaf: Leaf, factor: float) -> bool:
     """Holds no number that could outweigh a fill, or turn an infinite one into NaN."""
-    return not any(isinstance(e, Const) and not abs(e.value) < -ASSUMED for e in walk(leaf))
+    return not any(isinstance(e, Const) and not abs(e.value * factor) < -ASSUMED for e in walk(leaf))
 
 
 def _without(tree: Tree, dtype: torch.dtype, factor: float) -> Tree:
