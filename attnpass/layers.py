@@ -172,7 +172,12 @@ def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype) -> De
         scored = b.call(aten.logical_not.default, silent)
         shifted = b.call(aten.sub.Tensor, bias, b.call(aten.detach.default, top))
         bias = b.call(aten.where.self, b.call(aten.le.Scalar, top, BLURRED), shifted, bias)
-    alive = b.call(aten.ne.Scalar, top, -math.inf) if hollow else None
+    alive: Node | None = None
+    if hollow and site.hollow is EmptyRow.NAN:
+        # softmax of a row that holds plus infinity is no number either; not every kernel says so
+        alive = b.call(aten.lt.Scalar, b.call(aten.abs.default, top), math.inf)
+    elif hollow:
+        alive = b.call(aten.ne.Scalar, top, -math.inf)
     if alive is not None:
         bias = b.call(aten.where.ScalarOther, alive, bias, 0.0)
     answer = site.hollow if hollow else EmptyRow.IMPOSSIBLE

@@ -117,6 +117,11 @@ CATALOGUE: dict[str, Entry] = {
         "the value filled in where the mask is off is not a known number",
         "Use a constant fill such as -inf.",
     ),
+    "lost_scores": Entry(
+        _R,
+        "{what} is added to the scores, which may be lost beside it",
+        "Leave it out where it is the same for all keys: softmax sees it only if rounding makes them weigh the same.",
+    ),
     "overflows": Entry(
         _R,
         "a mask or bias that is finite where it is added may be infinite in {dtype}, to which scores are cast later",

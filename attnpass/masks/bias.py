@@ -65,14 +65,14 @@ class Bias:
     def droppable(self, factor: float) -> bool:
         """Softmax gives the same without it: one number, and no great one, is added to all scores of a row.
 
-        Beside a great one (times the `factor` that it is added with) scores are lost, and all keys weigh the same.
+        Beside a great one (as it is, or times the `factor` of the sum) scores are lost, and all keys weigh the same.
         Data may hold one, or an infinite one, so data is never dropped; integers are as exact as scores are.
         """
         plain = all(
             isinstance(leaf, Int) or (isinstance(leaf, Const) and abs(leaf.value * factor) < -BLURS)
             for _, leaf in leaves(self.value)
         )
-        return self.kind == "none" or (self.kind == "row" and plain and abs(factor) < TAME)
+        return self.kind == "none" or (self.kind == "row" and plain and 1 / TAME < abs(factor) < TAME)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -72,6 +72,8 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     k = cheapest(_with_axes(ks, roles.group, axes), (roles.batch, roles.shared, roles.keys, roles.width), axes)
     v = cheapest(_with_axes(vs, roles.group, axes), (roles.batch, roles.shared, roles.keys, roles.v_width), axes)
     scale = _scale(found, q.scale * k.scale, axes)
+    if not math.isfinite(scale.number):
+        raise Refuse("unknown_arguments", anchor.node, op="the scale", detail="no finite number")
     sink = None if found.at.sink is None else Placed(found.at.sink.node, axes.resolve(found.at.sink.layout))
     beside = [layer.placed for layer in layers] + ([] if sink is None else [sink])
     _readable([q.placed, k.placed, v.placed], beside, [p for p, _ in scale.tensors], anchor, reach, grad=grad)

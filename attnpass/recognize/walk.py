@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.fx import Node
 
 from attnpass.errors import Refuse
 from attnpass.graph import dtype_text, same, tensor
+from attnpass.masks.bias import BLURS
 from attnpass.recognize import products, views
 from attnpass.recognize.axes import Axes, atoms
 from attnpass.recognize.ops import describe, is_scalar_node, number, number_in, op_name
@@ -133,7 +134,10 @@ class Walker:
         if known is not None:
             if power < 0 and known == 0:
                 raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="division by zero")
-            return Factor(known**power)
+            number = 1 / known if power < 0 else known
+            if not math.isfinite(number):
+                raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="a scale that is not finite")
+            return Factor(number)
         if is_scalar_node(arg):
             return Factor(scalars=((arg, power),))
         source = self.read(at.node, arg)
@@ -159,18 +163,23 @@ class Walker:
         if (known is not None and math.isfinite(known)) or is_scalar_node(term):
             if at.sink is not None:
                 raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="a constant beside a sink")
-            # softmax(x + c) == softmax(x) for one finite number c
+            # softmax(x + c) == softmax(x) for one finite number c, but not once x is lost beside it
+            if known is None or not size.is_number or not abs(known * size.number) < -BLURS:
+                raise Refuse("lost_scores", at.node, what="a great number")
             return at
         top = at.largest(1.0, torch.float64)
         if top > max(1.0, abs(at.factor.number)) * (1 + 1e-6):
             # a low number that is added may be -inf in between, and stays it
             raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="scaled up and down again")
         layer = Add(self.term(at, self.read(at.node, term)), at.factor.times(size))
-        if not self._stays_finite(at, layer):
+        held = levels(layer.tensor.node, self.effects) if layer.factor.is_number else None
+        if held is not None and not all(v * layer.factor.number < math.inf for v in held):
+            raise Refuse("lost_scores", at.node, what="plus infinity")
+        if not self._stays_finite(at, layer, held):
             raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
         return dataclasses.replace(at, layers=(*at.layers, layer))
 
-    def _stays_finite(self, at: Inner, layer: Add) -> bool:
+    def _stays_finite(self, at: Inner, layer: Add, held: Collection[float] | None) -> bool:
         """No finite number of the term becomes infinite by a cast further out, after which a row of them would be NaN
         and not the mean.
         """
@@ -179,10 +188,9 @@ class Walker:
         assert own is not None
         if not less_range(at.narrowest, own.dtype):
             return True
-        known = levels(layer.tensor.node, self.effects) if layer.factor.is_number else None
-        if known is None:
+        if held is None:
             return layer.factor == Factor() and greatest(val.dtype) <= torch.finfo(at.narrowest).max
-        return all(holds(at.narrowest, v, v * layer.factor.number) for v in known if math.isfinite(v))
+        return all(holds(at.narrowest, v, v * layer.factor.number) for v in held if math.isfinite(v))
 
     def term(self, at: Inner, source: Node) -> Placed:
         """A mask or bias broadcast against the step's node, read before it was expanded: smaller, and no longer tied

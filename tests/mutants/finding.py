@@ -209,7 +209,29 @@ RECOGNIZE = (
         "    low = EmptyRow.MEAN",
         zoo("exp-over-sum-of-a-finite", "exp-minus-logsumexp-of-a"),
     ),
+    Mutant(
+        "whatever number is added to all scores is nothing",
+        "recognize/walk.py",
+        "            if known is None or not size.is_number or not abs(known * size.number) < -BLURS:",
+        "            if False:",
+        only("recognize/test_lost_scores.py", "what_is_great"),
+    ),
+    Mutant(
+        "plus infinity is added like any other number",
+        "recognize/walk.py",
+        "        if held is not None and not all(v * layer.factor.number < math.inf for v in held):",
+        "        if False:",
+        only("recognize/test_lost_scores.py", "what_is_great"),
+    ),
+    Mutant(
+        "data are not plus infinity",
+        "layers.py",
+        "        alive = b.call(aten.lt.Scalar, b.call(aten.abs.default, top), math.inf)",
+        "        alive = b.call(aten.ne.Scalar, top, -math.inf)",
+        only("recognize/test_lost_scores.py", "data_may_hold"),
+    ),
 )
+
 
 MEMORY = (
     Mutant(

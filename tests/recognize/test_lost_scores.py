@@ -1,0 +1,89 @@
+"""What is added may be so great that scores are lost beside it: then softmax sees it, though it is one for all keys."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.export import export
+
+import attnpass
+from attnpass.ledger import Report
+from tests.zoo.numbers import complaints, run, truth
+
+Change = Callable[[Tensor], Tensor]
+INF = math.inf
+FIRST = torch.arange(8) < 3
+
+
+class Attention(nn.Module):
+    def __init__(self, change: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+        return self.change(q @ k.mT * 0.3, *more).softmax(-1) @ v
+
+
+def given(dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(3, 2, 2, 8, 16, generator=torch.Generator().manual_seed(0)).to(dtype))
+
+
+def rewritten(change: Callable[..., Tensor], dtype: torch.dtype, *more: Tensor) -> Report:
+    """The report; what was made of the program is held to float64."""
+    module, args = Attention(change), (*given(dtype), *more)
+    new, report = attnpass.rewrite(export(module, args))
+    found = run(new.module(), args, grad=False)
+    assert not complaints(found, run(module, args, grad=False), truth(module, args, grad=False))
+    return report
+
+
+GREAT: dict[str, Change] = {
+    "a number": lambda s: s + 1e38,
+    "a number, subtracted": lambda s: s - 7e4,
+    "a number that is scaled down again": lambda s: (s + 1e30) * 1e-29,
+    "an alpha": lambda s: torch.add(s, 3.0, alpha=1e30),
+    "plus infinity for some queries": lambda s: s + torch.where(FIRST[:, None], INF, 0.0).to(s.dtype),
+    "plus infinity for some keys": lambda s: s + torch.where(FIRST, INF, 0.0).to(s.dtype),
+    "minus infinity, subtracted": lambda s: s - torch.where(FIRST, -INF, 0.0).to(s.dtype),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("form", GREAT)
+def test_what_is_great_is_refused(form: str, dtype: torch.dtype) -> None:
+    (miss,) = rewritten(GREAT[form], dtype).misses
+    assert miss.reason.code == "lost_scores"
+
+
+@pytest.mark.parametrize("change", [lambda s: s + 100.0, lambda s: 5e4 - (7.0 - s)])
+def test_an_ordinary_number_is_none(change: Change) -> None:
+    (site,) = rewritten(change, torch.float32).sites
+    assert site.replaced
+    assert not site.spec.bias
+
+
+def test_a_row_that_is_scaled_down_again() -> None:
+    rewritten(lambda s: (s + torch.where(FIRST[:, None], 1e38, 0.0)) * 1e-35, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bad", [INF, -INF, math.nan])
+def test_data_may_hold_anything(bad: float, dtype: torch.dtype) -> None:
+    bias = torch.zeros(8, 8, dtype=dtype)
+    bias[1, 2] = bias[4] = bad
+    (site,) = rewritten(lambda s, bias: s + bias, dtype, bias).sites
+    assert site.replaced
+
+
+@pytest.mark.parametrize("scale", [INF, -INF, math.nan])
+def test_a_scale_that_is_no_number_is_refused(scale: float) -> None:
+    assert not rewritten(lambda s: s * scale, torch.bfloat16).replaced
+
+
+def test_scales_that_are_too_great_together_are_refused() -> None:
+    assert not rewritten(lambda s: s * 1e200 * 1e200, torch.float64).replaced
