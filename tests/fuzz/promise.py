@@ -56,9 +56,11 @@ def _added_inside_a_product(p: Program) -> bool:
     at = next(
         (n for n, s in reversed(list(enumerate(p.steps))) if isinstance(s, Mask) and s.apply.startswith("mult")), 0
     )
-    return any(
-        isinstance(s, Bias) or (isinstance(s, Mask) and ("add" in s.apply or s.fill == "-inf")) for s in p.steps[:at]
-    )
+    return any(isinstance(s, Bias) or (isinstance(s, Mask) and _may_be_infinite(s)) for s in p.steps[:at])
+
+
+def _may_be_infinite(mask: Mask) -> bool:
+    return mask.apply.startswith(("add", "sub")) or mask.fill == "-inf"
 
 
 def _scaled_afterwards(p: Program, forms: Container[str]) -> bool:
