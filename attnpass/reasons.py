@@ -119,7 +119,7 @@ CATALOGUE: dict[str, Entry] = {
     ),
     "lost_scores": Entry(
         _R,
-        "{what} is added to the scores, which may be lost beside it",
+        "a great number is added to the scores, which may be lost beside it",
         "Leave it out where it is the same for all keys: softmax sees it only if rounding makes them weigh the same.",
     ),
     "overflows": Entry(

@@ -269,7 +269,7 @@ def test_a_number_that_swallows_scores_is_not_the_same_as_none(number: float, ap
         return apply(q @ k.mT, (1.0 - kept) * number).softmax(-1) @ v
 
     program, report = rewritten(attend, *qkv())
-    assert report.replaced == 1
+    assert report.replaced == (apply is torch.sub)
     torch.testing.assert_close(program.module()(*qkv()), attend(*qkv()), rtol=1e-4, atol=1e-4)
 
 
@@ -311,6 +311,4 @@ def test_what_raises_scores_is_no_mask(number: float) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (q @ k.mT - (1 - torch.ones(S, S).tril()) * -number).softmax(-1) @ v
 
-    program, report = rewritten(attend, *qkv())
-    assert report.sites[0].spec.mask.causal is None
-    torch.testing.assert_close(program.module()(*qkv()), attend(*qkv()), rtol=1e-4, atol=1e-4)
+    assert [miss.reason.code for miss in rewritten(attend, *qkv())[1].misses] == ["lost_scores"]

@@ -165,7 +165,7 @@ class Walker:
                 raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="a constant beside a sink")
             # softmax(x + c) == softmax(x) for one finite number c, but not once x is lost beside it
             if known is None or not size.is_number or not abs(known * size.number) < -BLURS:
-                raise Refuse("lost_scores", at.node, what="a great number")
+                raise Refuse("lost_scores", at.node)
             return at
         top = at.largest(1.0, torch.float64)
         if top > max(1.0, abs(at.factor.number)) * (1 + 1e-6):
@@ -173,8 +173,9 @@ class Walker:
             raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="scaled up and down again")
         layer = Add(self.term(at, self.read(at.node, term)), at.factor.times(size))
         held = levels(layer.tensor.node, self.effects) if layer.factor.is_number else None
-        if held is not None and not all(v * layer.factor.number < math.inf for v in held):
-            raise Refuse("lost_scores", at.node, what="plus infinity")
+        if held is not None and not all(v * layer.factor.number < -BLURS for v in held):
+            # nor is it the same if a low number takes it away again before or after it meets the scores
+            raise Refuse("lost_scores", at.node)
         if not self._stays_finite(at, layer, held):
             raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
         return dataclasses.replace(at, layers=(*at.layers, layer))

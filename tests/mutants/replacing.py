@@ -65,8 +65,8 @@ MASKS = (
     Mutant(
         "infinite data is a constant of its row",
         "masks/bias.py",
-        'return self.kind == "none" or (self.kind == "row" and finite)',
-        'return self.kind in ("none", "row")',
+        "        plain = all(",
+        "        plain = True or all(",
         zoo("a-bias-over-queries-alone"),
     ),
     Mutant(

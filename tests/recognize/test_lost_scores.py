@@ -47,6 +47,10 @@ GREAT: dict[str, Change] = {
     "a number, subtracted": lambda s: s - 7e4,
     "a number that is scaled down again": lambda s: (s + 1e30) * 1e-29,
     "an alpha": lambda s: torch.add(s, 3.0, alpha=1e30),
+    "a number for some keys": lambda s: s + torch.where(FIRST, 1e30, 0.0).to(s.dtype),
+    "a number that a lower one takes away": lambda s: (
+        s - 1e30 * FIRST.to(s.dtype) + torch.where(FIRST, 1e30, 0.0).to(s.dtype)
+    ),
     "plus infinity for some queries": lambda s: s + torch.where(FIRST[:, None], INF, 0.0).to(s.dtype),
     "plus infinity for some keys": lambda s: s + torch.where(FIRST, INF, 0.0).to(s.dtype),
     "minus infinity, subtracted": lambda s: s - torch.where(FIRST, -INF, 0.0).to(s.dtype),
