@@ -69,7 +69,9 @@ def describe_layers(
     in_order = bool(fills) and (len({f.value for f in fills}) > 1 or (bool(adds) and not lowest > BLURS))
     empty = _empty(fills, lowest, floored=floored)
     deep = bool(adds) and lowest <= BLURS
-    if low is not EmptyRow.MEAN and (empty is EmptyRow.MEAN or deep):
+    # beside a fill of -inf there may be rows of that and of finite ones
+    finite = any(math.isfinite(f.value) for f in fills)
+    if low is not EmptyRow.MEAN and (finite or deep or empty is EmptyRow.MEAN):
         if low is None or in_order or deep:
             obstacles.append(reason("empty_rows", detail="this spelling of softmax has no simple one there"))
         else:

@@ -42,6 +42,13 @@ MASKS = (
         only("test_prove.py", "swallows_scores"),
     ),
     Mutant(
+        "a fill of minus infinity is alone",
+        "recognize/meaning.py",
+        "(finite or deep or empty is EmptyRow.MEAN)",
+        "(deep or empty is EmptyRow.MEAN)",
+        zoo("two-fills-is-no-mean"),
+    ),
+    Mutant(
         "any bias is taken for an ordinary one",
         "prove.py",
         "    if not all(_ordinary(added, tame) for added in proof.biases):\n        return None",

@@ -384,6 +384,31 @@ def exp_minus_logsumexp_of_a_finite_fill_is_no_mean(q: T, k: T, v: T, keep: T) -
 
 @plain(
     "trap 7",
+    Site(scale=0.3, causal=0, dense=True, empty_rows="nan", replaced=False, reason="empty_rows"),
+    inputs=EMPTY,
+    spelled=1,
+)
+def exp_minus_logsumexp_of_two_fills_is_no_mean(q: T, k: T, v: T, keep: T) -> T:
+    # found by random programs: the same for a row of minus infinity and the lowest number
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, torch.finfo(torch.float32).min)
+    scores = scores.masked_fill(torch.ones(5, 7).triu(1) == 1, float("-inf"))
+    return torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ v
+
+
+@plain(
+    "trap 7",
+    Site(scale=0.3, causal=0, dense=True, empty_rows="nan", replaced=False, reason="empty_rows"),
+    inputs=EMPTY,
+    spelled=1,
+)
+def exp_without_a_maximum_of_two_fills_is_no_mean(q: T, k: T, v: T, keep: T) -> T:
+    scores = (q @ k.mT * 0.3).masked_fill(~keep, torch.finfo(torch.float32).min)
+    weights = scores.masked_fill(torch.ones(5, 7).triu(1) == 1, float("-inf")).exp()
+    return weights / weights.sum(-1, keepdim=True) @ v
+
+
+@plain(
+    "trap 7",
     Site(scale=0.3, dense=True, bias=((2, 1, 5, 1),), empty_rows="nan", assumed=True),
     inputs=lambda: (*qkv(grad=False), keep(2, 1, 5, 7, empty=True), torch.full((2, 1, 5, 1), 1e9)),
 )
