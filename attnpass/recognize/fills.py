@@ -21,7 +21,7 @@ from attnpass.recognize.indicators import computed_alike, is_indicator, one_minu
 from attnpass.recognize.ops import bound, number_in, op_name, pair
 from attnpass.recognize.ranges import holds, less_range
 from attnpass.recognize.walk import Inner, Walker, register_rule
-from attnpass.site import Fill, Layer, Layout, Placed
+from attnpass.site import Factor, Fill, Layer, Layout, Placed
 
 
 def floating(at: Inner) -> torch.dtype:
@@ -77,6 +77,9 @@ def filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: L
         if fill != total or at.weighed:
             raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
         total = -math.inf
+    wide = at.wide or less_range(at.narrowest, floating(at))
+    if math.isfinite(total) and wide and at.lowered and not holds(at.narrowest, total + at.lowered, total + at.lowered):
+        raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
     lowest = total != -math.inf and fill == torch.finfo(floating(at)).min and at.factor.number >= 1
     placed = w.term(at, source) if layout is None else Placed(source, layout)
     return Fill(placed, off, total, floating(at), lowest)
@@ -147,5 +150,8 @@ def floored(w: Walker, at: Inner) -> Inner:
     lowest = torch.finfo(floating(at)).min
     if w.number(floor) != lowest or not holds(at.narrowest, lowest, lowest):
         raise Refuse("nonlinear_scores", at.node, op=op_name(at.node))
+    if at.layers or at.factor != Factor():
+        # what comes after it may make -inf of the lowest number again, or of any other
+        raise Refuse("nonlinear_scores", at.node, op=f"{op_name(at.node)}, which is not the last step")
     source = w.read(at.node, scores)
     return at.step(source, w.place(at, source).layout, floored=True)

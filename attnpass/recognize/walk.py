@@ -51,6 +51,8 @@ class Inner:
     floored: bool = False  # scores are clamped from below at the lowest finite number
     weighed: bool = False  # ... are multiplied by a mask of 0 and 1 further out, where an infinity would become NaN
     narrowest: torch.dtype = torch.float64  # of what the scores are cast to further out, that of the least range
+    wide: bool = False  # ... and something was added before such a cast, in a dtype of more range
+    lowered: float = 0.0  # by how much all that is added further out may lower a score, as far as it is known
     seen: tuple[Node, ...] = ()  # the nodes crossed, outermost first
     steps: tuple[float, ...] = ()  # the numbers that `factor` is a product of, outermost first
     forks: int = 0
@@ -176,22 +178,28 @@ class Walker:
         if held is not None and not all(v * layer.factor.number < -BLURS for v in held):
             # nor is it the same if a low number takes it away again before or after it meets the scores
             raise Refuse("lost_scores", at.node)
-        if not self._stays_finite(at, layer, held):
-            raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
-        return dataclasses.replace(at, layers=(*at.layers, layer))
-
-    def _stays_finite(self, at: Inner, layer: Add, held: Collection[float] | None) -> bool:
-        """No finite number of the term becomes infinite by a cast further out, after which a row of them would be NaN
-        and not the mean.
-        """
-        val, own = tensor(layer.tensor.node), tensor(at.node)
-        assert val is not None
+        own = tensor(at.node)
         assert own is not None
-        if not less_range(at.narrowest, own.dtype):
-            return True
+        wide = at.wide or less_range(at.narrowest, own.dtype)
+        if wide and not self._survives(at, layer, held):
+            raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
+        lowest = min((v * layer.factor.number for v in held or () if math.isfinite(v)), default=0.0)
+        return dataclasses.replace(at, layers=(*at.layers, layer), wide=wide, lowered=at.lowered + min(lowest, 0.0))
+
+    def _survives(self, at: Inner, layer: Add, held: Collection[float] | None) -> bool:
+        """A cast further out makes no infinity of a finite number that is added, alone or with what else is: a row of
+        them would be NaN and not the mean. Nor does it lose scores beside it that a kernel would still see.
+        """
+        val, half = tensor(layer.tensor.node), at.narrowest is torch.float16
+        assert val is not None
         if held is None:
-            return layer.factor == Factor() and greatest(val.dtype) <= torch.finfo(at.narrowest).max
-        return all(holds(at.narrowest, v, v * layer.factor.number) for v in held if math.isfinite(v))
+            alone = not at.layers and layer.factor == Factor()
+            return alone and greatest(val.dtype) <= torch.finfo(at.narrowest).max
+        numbers = [(v, v * layer.factor.number) for v in held if math.isfinite(v)]
+        return all(
+            holds(at.narrowest, v, low) and holds(at.narrowest, low + at.lowered, low + at.lowered)
+            for v, low in numbers
+        ) and not (half and any(low <= BLURS for _, low in numbers))
 
     def term(self, at: Inner, source: Node) -> Placed:
         """A mask or bias broadcast against the step's node, read before it was expanded: smaller, and no longer tied

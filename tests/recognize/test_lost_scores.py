@@ -91,3 +91,42 @@ def test_a_scale_that_is_no_number_is_refused(scale: float) -> None:
 
 def test_scales_that_are_too_great_together_are_refused() -> None:
     assert not rewritten(lambda s: s * 1e200 * 1e200, torch.float64).replaced
+
+
+MIN = torch.finfo(torch.float32).min
+UPPER = torch.ones(8, 8).triu(1) == 1
+AFTER_A_FLOOR: dict[str, Change] = {
+    "filled with minus infinity": lambda s: s.clamp_min(MIN).masked_fill(UPPER, -INF),
+    "lowered": lambda s: s.clamp_min(MIN) + torch.where(FIRST[:, None], MIN, 0.0),
+    "scaled": lambda s: s.clamp_min(MIN) * 2.0,
+}
+
+
+@pytest.mark.parametrize("form", AFTER_A_FLOOR)
+def test_a_floor_that_is_not_the_last_step_is_refused(form: str) -> None:
+    # found by random programs: the rows that the floor has kept from minus infinity come to it after all
+    masked = torch.where(FIRST[:, None], -INF, 0.0)
+    (miss,) = rewritten(lambda s: AFTER_A_FLOOR[form](s + masked), torch.float32).misses
+    assert miss.reason.code == "nonlinear_scores"
+
+
+def lowered(s: Tensor, *lows: float) -> Tensor:
+    """Numbers added in float32, each sum cast to the dtype of the scores again."""
+    for low in lows:
+        s = (s + torch.where(FIRST[:, None], low, 0.0)).to(s.dtype)
+    return s
+
+
+HALF_MIN = torch.finfo(torch.float16).min
+CAST: dict[str, Callable[[Tensor], Tensor]] = {
+    "twice": lambda s: lowered(s, -4e4, -4e4),
+    "filled and lowered": lambda s: lowered(s.masked_fill(UPPER, torch.finfo(s.dtype).min), -4e4),
+    "filled in between": lambda s: lowered(lowered(s, -4e4).masked_fill(UPPER, -4e4), -4e4),
+    "inside and outside of a cast": lambda s: (s.float() + torch.where(FIRST, -4e4, 0.0)).half() - 4e4 * UPPER.half(),
+    "to the lowest number": lambda s: lowered(s, HALF_MIN if s.dtype is torch.float16 else torch.finfo(s.dtype).min),
+}
+
+
+@pytest.mark.parametrize("form", CAST)
+def test_sums_that_a_cast_to_half_precision_changes_are_refused(form: str) -> None:
+    assert not rewritten(CAST[form], torch.float16).replaced
