@@ -193,7 +193,7 @@ def how(program: Program) -> How:
         dynamic=program.dynamic,
         drops=program.dropout == "live",
         narrow="bfloat16" if program.autocast else program.dtype,
-        added=1e4 if any(mask.fill == "-10000" for mask in program.masks) else 1.0,
+        added=max([1.0, *(1e4 for mask in program.masks if mask.fill == "-10000"), *map(abs, program.numbers)]),
     )
 
 

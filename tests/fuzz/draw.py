@@ -15,7 +15,7 @@ import hypothesis.strategies as st
 
 from tests.fuzz import masks
 from tests.fuzz.damages import DAMAGES, Damage
-from tests.fuzz.programs import Bias, Cap, Mask, Program, Scale, Shape, Step, ToFloat
+from tests.fuzz.programs import Bias, Cap, Floor, Mask, Number, Program, Scale, Shape, Step, ToFloat
 from tests.fuzz.spelled import (
     DROPOUT,
     IN_PLACE,
@@ -187,6 +187,12 @@ def _steps(draw: Draw, shape: Shape, dtype: str, autocast: bool) -> tuple[Step, 
         steps.insert(0 if draw(st.integers(0, 3)) else draw(st.integers(0, len(steps))), scale)
     if _sometimes(draw, 5):
         steps.insert(draw(st.integers(0, len(steps))), ToFloat())
+    if _sometimes(draw, 12):
+        steps.insert(draw(st.integers(len(before), len(steps))), Number(_one(draw, 0.5, 100.0, -3e4, 7e4, -1e9, 1e30)))
+    if _sometimes(draw, 10):
+        # where it belongs, and anywhere
+        at = len(steps) if draw(st.booleans()) else draw(st.integers(len(before), len(steps)))
+        steps.insert(at, Floor(_one(draw, *masks.FLOORS)))
     return tuple(steps)
 
 

@@ -58,6 +58,8 @@ KEEP: dict[str, tuple[Spelled, ...]] = {
     ),
     "causal, strict": _two(f"({J} < {I} + O) | ({J} == 0)", f"{ONES}.tril(O - 1) | ({J} < 1)"),
     "causal, one ahead": _two(f"{J} <= {I} + O + 1", f"{ONES}.tril(O + 1)", f"{J} < {I} + O + 2"),
+    "some queries": _two(f"({I} >= 2).expand(Q, K)", f"{I}.expand(Q, K) > 0"),
+    "no key": _two(f"~{ONES}", f"({J} < 0).expand(Q, K)"),
     "window": _two(
         f"({J} <= {I} + O) & ({J} > {I} + O - 3)",
         f"{ONES}.tril(O) & {ONES}.triu(O - 2)",
@@ -102,6 +104,7 @@ FILLS = {
     "-inf": "float('-inf')",
     "min": "torch.finfo({s}.dtype).min",
     "min of q": "torch.finfo(q.dtype).min",
+    "half of min": "torch.finfo({s}.dtype).min / 2",
     "-1e9": "-1e9",
     "-1e32": "-1e32",
     "-10000": "-10000.0",
@@ -119,6 +122,8 @@ APPLY = {
     "where with full_like": "{s} = torch.where({m}, {s}, torch.full_like({s}, {f}))",
     "add where": "{s} = {s} + torch.where({m}, 0.0, {f}).to({s}.dtype)",
     "add where, commuted": "{s} = torch.where({m}, 0.0, {f}).to({s}.dtype) + {s}",
+    "add where, in float32": "{s} = ({s} + torch.where({m}, 0.0, {f})).to({s}.dtype)",
+    "sub where": "{s} = {s} - torch.where({m}, 0.0, -({f})).to({s}.dtype)",
     "add in place": "{s} += torch.zeros_like({m}, dtype={s}.dtype).masked_fill(~{m}, {f})",
     "add masked zeros": "{s} = {s} + torch.zeros({m}.shape, dtype={s}.dtype, device=dev).masked_fill(~{m}, {f})",
     "add (1 - m) * fill": "{s} = {s} + (1.0 - {m}.to({s}.dtype)) * {f}",
@@ -134,6 +139,12 @@ TIMES_FILL = {
     "multiplied",
     "multiplied, cast twice",
 }  # with -inf they give NaN
+
+FLOORS = {
+    "clamp_min": "{s} = {s}.clamp_min(torch.finfo({s}.dtype).min)",
+    "clamp": "{s} = torch.clamp({s}, min=torch.finfo({s}.dtype).min)",
+    "in place": "{s}.clamp_(min=torch.finfo({s}.dtype).min)",
+}
 
 # Biases: the expression over (.., H, Q, K) and the input it needs; in scope also {s}.
 BIASES: dict[str, Spelled] = {

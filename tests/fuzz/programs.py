@@ -64,7 +64,21 @@ class ToFloat:
     """The scores are cast to float32."""
 
 
-Step = Scale | Mask | Bias | Cap | ToFloat
+@dataclass(frozen=True)
+class Floor:
+    """The scores are clamped at the lowest number of their dtype (a key of ``masks.FLOORS``)."""
+
+    form: str = "clamp_min"
+
+
+@dataclass(frozen=True)
+class Number:
+    """A plain number is added to all scores."""
+
+    value: float = 0.5
+
+
+Step = Scale | Mask | Bias | Cap | ToFloat | Floor | Number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +121,10 @@ class Program:
     @property
     def biases(self) -> tuple[Bias, ...]:
         return tuple(step for step in self.steps if isinstance(step, Bias))
+
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        return tuple(step.value for step in self.steps if isinstance(step, Number))
 
     @property
     def cap(self) -> Cap | None:

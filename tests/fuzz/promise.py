@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from tests.fuzz.masks import KEEP
-from tests.fuzz.programs import Bias, Cap, Mask, Program, Scale, ToFloat
+from tests.fuzz.programs import Bias, Cap, Floor, Mask, Program, Scale, ToFloat
 from tests.fuzz.spelled import MODULE_SCALES, SCALES, TENSOR_SCALES
 
 # What flash-attn and its kind have arguments for, alone.
@@ -25,6 +25,16 @@ def limit(program: Program, device: str = "cpu") -> str | None:
     narrow = p.dtype != "float32" or p.autocast
     if device == "cuda" and any(width % (8 if narrow else 4) for width in (p.shape.width, p.shape.v_width)):
         return "a width that torch's CUDA kernels do not load"
+    if any(abs(number) >= 6e4 for number in p.numbers):
+        return "scores may be lost beside a number"
+    if p.sink and (p.numbers or any(isinstance(step, Floor) for step in p.steps)):
+        return "a constant beside a sink is no constant, nor is a sink clamped"
+    if _clamped_before(p):
+        return "a clamp that is not the last step"
+    if narrow and any(mask.apply == "add where, in float32" for mask in p.masks):
+        return "a sum in float32 that is cast to a narrower type"
+    if p.dtype == "float16" and any(mask.fill == "half of min" for mask in p.masks):
+        return "a fill that ordinary scores may outweigh"
     if any(mask.fill == "-10000" for mask in p.masks):
         return "a fill that ordinary scores may outweigh"
     if p.dtype == "float16" and any(m.fill.startswith("min") for m in p.masks) and _scaled_afterwards(p, SCALES):
@@ -50,6 +60,11 @@ def limit(program: Program, device: str = "cpu") -> str | None:
     if p.cap or p.sink:
         return _by_a_kernel_with(p)
     return None
+
+
+def _clamped_before(p: Program) -> bool:
+    first = next((at for at, step in enumerate(p.steps) if isinstance(step, Floor)), len(p.steps))
+    return any(isinstance(step, Scale | Mask | Bias) for step in p.steps[first:])
 
 
 def _added_inside_a_product(p: Program) -> bool:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from tests.fuzz import masks
 from tests.fuzz.damages import DAMAGES
-from tests.fuzz.programs import Bias, Cap, Mask, Program, Scale, ToFloat
+from tests.fuzz.programs import Bias, Cap, Floor, Mask, Number, Program, Scale, ToFloat
 from tests.fuzz.spelled import (
     DROPOUT,
     EXTRA_INPUTS,
@@ -264,6 +264,10 @@ class Source:
         elif isinstance(step, Cap):
             self._say(f"s = torch.tanh(s / {step.value}) * {step.value}")
             self._damage("after the cap")
+        elif isinstance(step, Floor):
+            self._say(masks.FLOORS[step.form].format(s="s"))
+        elif isinstance(step, Number):
+            self._say(f"s = s + {step.value!r}")
         elif isinstance(step, ToFloat):
             self._say("s = s.float()")
             self.wide = True
