@@ -145,8 +145,10 @@ def _added_only(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: tor
     return _with_low_rows(b, site, bias, dtype)
 
 
-def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype) -> Dense:
+def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype, filled: Node | None = None) -> Dense:
     """A bias that may leave rows without any ordinary key.
+
+    `filled`: rows all of whose scores have given way to fills, if that cannot be told by how low they are.
 
     A row of -inf alone is nan (or zero) in the original: the kernel is given zeros there and the row is answered
     afterwards. A row of very low numbers swallows its scores, in the original as in a kernel's forward; but kernels
@@ -169,6 +171,8 @@ def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype) -> De
     scored: Node | None = None
     if shift:
         silent = b.call(aten.le.Scalar, top, HALF_SWALLOWED if val.dtype == torch.float16 else SWALLOWED)
+        if filled is not None:
+            silent = b.call(aten.logical_or.default, silent, filled)
         scored = b.call(aten.logical_not.default, silent)
         shifted = b.call(aten.sub.Tensor, bias, b.call(aten.detach.default, top))
         bias = b.call(aten.where.self, b.call(aten.le.Scalar, top, BLURRED), shifted, bias)
@@ -190,11 +194,13 @@ def _in_order(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch
     Exact because a fill swallows the score in its place; rows of nothing but fills are put right below.
     """
     bias: Node | None = None
+    kept: Node | None = None
     for layer in reversed(site.layers):
         if isinstance(layer, Add):
             bias = _plus(b, bias, _term(b, layer, sizes, target))
             continue
         keep = _keep(b, layer, sizes, target)
+        kept = keep if kept is None else b.call(aten.logical_and.default, kept, keep)
         # in the dtype of the scores, whose rounding decides what a later term can still tell apart
         if bias is None:
             bias = b.call(aten.scalar_tensor.default, 0.0, dtype=layer.dtype, device=_device(keep))
@@ -202,7 +208,13 @@ def _in_order(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch
             bias = b.call(aten.to.dtype, bias, layer.dtype)
         bias = b.call(aten.where.ScalarOther, keep, bias, layer.value)
     assert bias is not None
-    return _with_low_rows(b, site, bias, dtype)
+    filled: Node | None = None
+    if kept is not None and any(
+        isinstance(f, Fill) and math.isfinite(f.value) and f.value > FLOOR for f in site.layers
+    ):
+        # float16's lowest number swallows no score that is added to it in float32, but here it stands in its place
+        filled = b.call(aten.logical_not.default, b.call(aten.any.dim, kept, -1, True))
+    return _with_low_rows(b, site, bias, dtype, filled)
 
 
 def _device(node: Node) -> torch.device:

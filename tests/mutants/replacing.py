@@ -271,7 +271,15 @@ EMIT = (
         "            if True:",
         compiled("buffers-updated-beside", "the-output-is-copied-into-an-input"),
     ),
+    Mutant(
+        "a row of fills is told by how low it is",
+        "layers.py",
+        "        if filled is not None:",
+        "        if False:",
+        only("recognize/test_lost_scores.py", "lowest_half"),
+    ),
 )
+
 
 CHOICE = (
     Mutant(
