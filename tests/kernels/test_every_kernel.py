@@ -150,6 +150,7 @@ NARROWER = {
     ("flash_3", "soft_cap"): {"unavailable"},  # a build without it
     ("flash_varlen_3", "soft_cap"): {"unavailable"},
     ("native_flash", ""): {"dense_mask"},  # on CUDA
+    ("flex", ""): {"grad"} if DEVICE == "cpu" else set(),
 }
 
 
