@@ -27,7 +27,7 @@ from torch.fx import Graph, Node
 
 from attnpass.graph import tensor
 from attnpass.masks import AddedTerm, MaskProof, Masks
-from attnpass.masks.bias import CERTAIN, TAME, ordinary
+from attnpass.masks.bias import TAME, ordinary
 from attnpass.masks.expr import TRUE, Load
 from attnpass.masks.lift import Unliftable
 from attnpass.masks.logic import TooLarge
@@ -36,7 +36,7 @@ from attnpass.reasons import Reason, reason
 from attnpass.recognize.existing import LAYOUT
 from attnpass.recognize.meaning import NO_GRADIENT
 from attnpass.site import Add, Fill, Layer, Site
-from attnpass.spec import EmptyRow, is_causal
+from attnpass.spec import CERTAIN, EmptyRow, is_causal
 
 _LONGEST = 160  # of a line of a proof in the ledger
 

@@ -17,6 +17,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+# Which added or filled numbers take a key's weight away beside ordinary scores.
+CERTAIN = -1e30  # no score that is a number of ordinary size can be outweighed
+ASSUMED = -1e8  # assumed, and said so
+BLURS = -6e4  # beside it a score loses digits that matter (the lowest float16 is about there)
+
 Size = int | str
 """A known size, or the text of a symbolic one (``"s27"``, ``"2*s27"``)."""
 

@@ -26,7 +26,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("recognize", "masks", "kernels"),
     ("prove", "arrange", "verify"),
     ("layers",),
-    ("structured", "standin", "lse", "gain"),
+    ("structured", "standin", "lse", "gain", "excerpt"),
     ("tame",),
     ("functions",),
     ("closed",),

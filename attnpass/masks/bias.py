@@ -36,10 +36,8 @@ from attnpass.masks.expr import (
 from attnpass.masks.frame import Frame
 from attnpass.masks.logic import either, is_bool, ite, leaves, negate
 from attnpass.masks.substitute import substitute
+from attnpass.spec import ASSUMED, BLURS
 
-CERTAIN = -1e30  # no score that is a number of ordinary size can be outweighed
-ASSUMED = -1e8  # assumed, and said so
-BLURS = -6e4  # beside it a score loses digits that matter (the lowest float16 is about there)
 TAME = 1e3  # data below it are ordinary numbers, and stay such when they are slopes that distances are multiplied with
 
 Kind = Literal["none", "row", "alibi", "relative", "key", "dense"]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from attnpass.masks.bias import ASSUMED, split
+from attnpass.masks.bias import split
 from attnpass.masks.check import MAX_ELEMENTS, NotRun, Replay, differing
 from attnpass.masks.evaluate import Evaluator, dense_indices
 from attnpass.masks.expr import Bool, Value, loads, variables
@@ -16,6 +16,7 @@ from attnpass.masks.lift import Lifter, as_tree
 from attnpass.masks.sizes import Sizes
 from attnpass.masks.structure import Structure, whole
 from attnpass.masks.terms import Term
+from attnpass.spec import ASSUMED
 
 
 def extents(names: Collection[str], frame: Frame, sizes: Sizes) -> dict[str, int]:

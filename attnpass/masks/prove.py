@@ -24,7 +24,7 @@ from torch.fx import Graph, Node
 
 from attnpass.errors import first_line
 from attnpass.masks import lift_choice, lift_create, lift_gather, lift_pointwise, lift_views, lift_vmap
-from attnpass.masks.bias import ASSUMED, CERTAIN, describe, split
+from attnpass.masks.bias import describe, split
 from attnpass.masks.compare import Comparison
 from attnpass.masks.empty import empty_rows
 from attnpass.masks.expr import TRUE, Bool, Value, loads
@@ -37,6 +37,7 @@ from attnpass.masks.proof import AddedTerm, MaskProof
 from attnpass.masks.structure import take_apart
 from attnpass.masks.terms import Term
 from attnpass.site import Fill, Site
+from attnpass.spec import ASSUMED, CERTAIN
 
 RULES = (
     lift_choice,

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 
 from attnpass.graph import State, dtype_text, size_text, tensor
-from attnpass.masks.bias import ASSUMED, BLURS, CERTAIN
 from attnpass.reasons import Reason, reason
 from attnpass.recognize.axes import Axes
 from attnpass.recognize.gradients import asked
@@ -24,7 +23,7 @@ from attnpass.recognize.ops import number_in
 from attnpass.recognize.purity import Effects
 from attnpass.recognize.values import levels
 from attnpass.site import Add, Factor, Fill, Layer, Roles
-from attnpass.spec import BiasSpec, EmptyRow, MaskSpec, Size
+from attnpass.spec import ASSUMED, BLURS, CERTAIN, BiasSpec, EmptyRow, MaskSpec, Size
 
 NO_GRADIENT = "no gradient is asked of a query that a bias masks entirely"
 

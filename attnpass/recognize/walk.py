@@ -22,7 +22,6 @@ from torch.fx import Node
 
 from attnpass.errors import Refuse
 from attnpass.graph import dtype_text, same, tensor
-from attnpass.masks.bias import BLURS
 from attnpass.recognize import products, views
 from attnpass.recognize.axes import Axes, atoms
 from attnpass.recognize.ops import describe, is_scalar_node, number, number_in, op_name
@@ -33,6 +32,7 @@ from attnpass.recognize.values import levels
 from attnpass.recognize.views import shape_of
 from attnpass.shape_readers import data_inputs
 from attnpass.site import Add, Dim, Factor, Layer, Layout, Placed
+from attnpass.spec import BLURS
 
 _MAX_FORKS = 32  # nested sums of products: far more than any model has, and a bound for hostile graphs
 
