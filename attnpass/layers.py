@@ -13,6 +13,7 @@ which is exact whatever the kernel, and costs a reduction over the mask.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass
@@ -103,13 +104,14 @@ def _keep(b: Builder, fill: Fill, sizes: Sizes, target: Layout) -> Node:
     return b.call(aten.logical_not.default, mask) if fill.off else mask
 
 
+def _all_of(b: Builder, keeps: list[Node]) -> Node:
+    """What every one of these masks keeps."""
+    return functools.reduce(lambda keep, one: b.call(aten.logical_and.default, keep, one), keeps)
+
+
 def _kept(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dtype, fills: list[Fill]) -> Dense:
     """A keep-mask, with whatever is added where it keeps."""
-    keep: Node | None = None
-    for fill in fills:
-        one = _keep(b, fill, sizes, target)
-        keep = one if keep is None else b.call(aten.logical_and.default, keep, one)
-    assert keep is not None
+    keep = _all_of(b, [_keep(b, fill, sizes, target) for fill in fills])
     alive: Node | None = None
     if site.rows is not EmptyRow.IMPOSSIBLE:
         alive, keep = with_empty_rows(b, keep)
@@ -161,10 +163,9 @@ def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype, fille
         bias = b.call(aten.clamp.default, bias, torch.finfo(val.dtype).min)
     # two finite fills in one place may add up to -inf, in the original as here
     hollow = not site.floored and (site.in_order or site.rows in (EmptyRow.NAN, EmptyRow.ZERO))
-    finite = [f.value for f in site.layers if isinstance(f, Fill) and math.isfinite(f.value)]
     half = torch.float16 in (val.dtype, dtype)  # its lowest number does not swallow what a kernel adds in float32
     # raising the bias to a kernel's floor would make -inf and the lowest number of such a row alike
-    shift = site.spec.grad or half or _floored_for(val, dtype) or any(v > FLOOR for v in finite)
+    shift = site.spec.grad or half or _floored_for(val, dtype) or any(v > FLOOR for v in _finite(site))
     if not hollow and not shift:
         return Dense(mask=_narrow(b, bias, dtype))
     top = b.call(aten.amax.default, bias, [-1], True)
@@ -188,19 +189,24 @@ def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype, fille
     return Dense(mask=_narrow(b, bias, dtype), alive=alive, answer=answer, scored=scored)
 
 
+def _finite(site: Site) -> list[float]:
+    """The fills that are numbers."""
+    return [f.value for f in site.layers if isinstance(f, Fill) and math.isfinite(f.value)]
+
+
 def _in_order(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dtype) -> Dense:
     """Fills and terms one after the other, as the original has them, on scores of zero.
 
     Exact because a fill swallows the score in its place; rows of nothing but fills are put right below.
     """
     bias: Node | None = None
-    kept: Node | None = None
+    keeps: list[Node] = []
     for layer in reversed(site.layers):
         if isinstance(layer, Add):
             bias = _plus(b, bias, _term(b, layer, sizes, target))
             continue
         keep = _keep(b, layer, sizes, target)
-        kept = keep if kept is None else b.call(aten.logical_and.default, kept, keep)
+        keeps.append(keep)
         # in the dtype of the scores, whose rounding decides what a later term can still tell apart
         if bias is None:
             bias = b.call(aten.scalar_tensor.default, 0.0, dtype=layer.dtype, device=_device(keep))
@@ -209,11 +215,9 @@ def _in_order(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch
         bias = b.call(aten.where.ScalarOther, keep, bias, layer.value)
     assert bias is not None
     filled: Node | None = None
-    if kept is not None and any(
-        isinstance(f, Fill) and math.isfinite(f.value) and f.value > FLOOR for f in site.layers
-    ):
+    if any(v > FLOOR for v in _finite(site)):
         # float16's lowest number swallows no score that is added to it in float32, but here it stands in its place
-        filled = b.call(aten.logical_not.default, b.call(aten.any.dim, kept, -1, True))
+        filled = b.call(aten.logical_not.default, b.call(aten.any.dim, _all_of(b, keeps), -1, True))
     return _with_low_rows(b, site, bias, dtype, filled)
 
 

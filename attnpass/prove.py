@@ -124,7 +124,7 @@ def _prove(site: Site, masks: Masks, settled: Settled, held: frozenset[str]) -> 
         ),
         empty_rows=site.spec.empty_rows if rows is None else _beside_sink(site, rows),
     )
-    assumed = tuple(a for a in site.assumptions if not (sure and a in (NO_GRADIENT, LAYOUT)))
+    assumed = tuple(a for a in site.assumptions if not (sure and a in _OF_ROWS))
     site = dataclasses.replace(
         site,
         spec=spec,
@@ -137,6 +137,7 @@ def _prove(site: Site, masks: Masks, settled: Settled, held: frozenset[str]) -> 
     return Proved(site=site, proof=proof, expressed=rows is not None, while_tame=while_tame, steps=steps, held=relied)
 
 
+_OF_ROWS = (NO_GRADIENT, LAYOUT)  # assumptions about queries without any key
 WAIVED = "what a query without any key gets does not matter (empty_rows='dont_care')"
 
 
@@ -149,7 +150,7 @@ def waive(proved: Proved) -> Proved:
         site,
         waived=True,
         in_order=False,
-        assumptions=tuple(a for a in site.assumptions if a not in (NO_GRADIENT, LAYOUT)),
+        assumptions=tuple(a for a in site.assumptions if a not in _OF_ROWS),
         obstacles=tuple(o for o in site.obstacles if not _about_rows(o)),
     )
     return dataclasses.replace(proved, site=site)

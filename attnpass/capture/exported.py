@@ -71,8 +71,7 @@ def rewrite(
     if isinstance(program, ExportedProgram):
         done, report = _rewrite_program(program, job)
     else:
-        gm = _prepared(program, example_inputs)
-        done, report = job.process(gm, "graph", State(), grad=_asked(gm)), job.report()
+        done, report = _process_traced(program, example_inputs, job), job.report()
     of_failures(report)
     insist(job.policy, report)
     return done, fence.told(report, fence.UNFENCED)
@@ -90,8 +89,7 @@ def audit(
         job.read(program)
         job.process(program.graph_module, "program", State())
     else:
-        gm = _prepared(program, example_inputs)
-        job.process(gm, "graph", State(), grad=_asked(gm))
+        _process_traced(program, example_inputs, job)
     report = job.report()
     insist(job.policy, report)
     return report
@@ -110,8 +108,7 @@ def verify(
             raise AttnpassError("the program does not take these arguments; it was exported for others")
         report = _rewrite_program(program, job)[1]
     else:
-        gm = _prepared(program, args or None)
-        job.process(gm, "graph", State(), grad=_asked(gm))
+        _process_traced(program, args or None, job)
         report = job.report()
     insist(job.policy, report)
     return report
@@ -127,6 +124,11 @@ def _prepared(program: GraphModule, example_inputs: Sequence[Any] | None) -> Gra
     gm = aten.with_values(program, example_inputs)
     aten.require_aten(gm)  # with values known, operators on tensors show
     return gm
+
+
+def _process_traced(program: GraphModule, example_inputs: Sequence[Any] | None, job: _Job) -> GraphModule:
+    gm = _prepared(program, example_inputs)
+    return job.process(gm, "graph", State(), grad=_asked(gm))
 
 
 def _asked(gm: GraphModule) -> bool:

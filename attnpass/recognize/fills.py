@@ -77,8 +77,7 @@ def filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: L
         if fill != total or at.weighed:
             raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
         total = -math.inf
-    wide = at.wide or less_range(at.narrowest, floating(at))
-    if math.isfinite(total) and wide and at.lowered and not holds(at.narrowest, total + at.lowered, total + at.lowered):
+    if math.isfinite(total) and at.lowered and at.narrows(floating(at)) and not at.survives(total):
         raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
     lowest = total != -math.inf and fill == torch.finfo(floating(at)).min and at.factor.number >= 1
     placed = w.term(at, source) if layout is None else Placed(source, layout)

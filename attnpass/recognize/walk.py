@@ -63,6 +63,14 @@ class Inner:
             changes["steps"] = (*self.steps, factor.number / self.factor.number)
         return dataclasses.replace(self, node=node, layout=layout, seen=(*self.seen, self.node), **changes)
 
+    def narrows(self, dtype: torch.dtype) -> bool:
+        """What is added or filled here, in this dtype, is cast to one of less range further out, alone or in a sum."""
+        return self.wide or less_range(self.narrowest, dtype)
+
+    def survives(self, low: float) -> bool:
+        """Such a cast leaves a number finite that is added or filled here, whatever else is added further out."""
+        return holds(self.narrowest, low + self.lowered, low + self.lowered)
+
     def largest(self, value: float, dtype: torch.dtype) -> float:
         """The largest that a number met here becomes on its way out; inf where the factors take it beyond its dtype,
         even if they would bring it back: ``x * 4.0 * 0.25`` of the lowest number is -inf.
@@ -180,7 +188,7 @@ class Walker:
             raise Refuse("lost_scores", at.node)
         own = tensor(at.node)
         assert own is not None
-        wide = at.wide or less_range(at.narrowest, own.dtype)
+        wide = at.narrows(own.dtype)
         if wide and not self._survives(at, layer, held):
             raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
         lowest = min((v * layer.factor.number for v in held or () if math.isfinite(v)), default=0.0)
@@ -196,10 +204,9 @@ class Walker:
             alone = not at.layers and layer.factor == Factor()
             return alone and greatest(val.dtype) <= torch.finfo(at.narrowest).max
         numbers = [(v, v * layer.factor.number) for v in held if math.isfinite(v)]
-        return all(
-            holds(at.narrowest, v, low) and holds(at.narrowest, low + at.lowered, low + at.lowered)
-            for v, low in numbers
-        ) and not (half and any(low <= BLURS for _, low in numbers))
+        if half and any(low <= BLURS for _, low in numbers):
+            return False
+        return all(holds(at.narrowest, v, low) and at.survives(low) for v, low in numbers)
 
     def term(self, at: Inner, source: Node) -> Placed:
         """A mask or bias broadcast against the step's node, read before it was expanded: smaller, and no longer tied

@@ -240,15 +240,15 @@ RECOGNIZE = (
     Mutant(
         "what is filled survives a cast if the number does",
         "recognize/fills.py",
-        "    if math.isfinite(total) and wide and at.lowered and not",
+        "    if math.isfinite(total) and at.lowered and at.narrows(floating(at)) and not",
         "    if False and not",
         only("recognize/test_lost_scores.py", "cast_to_half"),
     ),
     Mutant(
         "half precision keeps scores beside its lowest number",
         "recognize/walk.py",
-        "not (half and any(low <= BLURS for _, low in numbers))",
-        "True",
+        "        if half and any(low <= BLURS for _, low in numbers):",
+        "        if False:",
         only("recognize/test_lost_scores.py", "cast_to_half"),
     ),
     Mutant(

@@ -382,12 +382,10 @@ def exp_minus_logsumexp_of_a_finite_fill_is_no_mean(q: T, k: T, v: T, keep: T) -
     return torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ v
 
 
-@plain(
-    "trap 7",
-    Site(scale=0.3, causal=0, dense=True, empty_rows="nan", replaced=False, reason="empty_rows"),
-    inputs=EMPTY,
-    spelled=1,
-)
+TWO_FILLS = Site(scale=0.3, causal=0, dense=True, empty_rows="nan", replaced=False, reason="empty_rows")
+
+
+@plain("trap 7", TWO_FILLS, inputs=EMPTY, spelled=1)
 def exp_minus_logsumexp_of_two_fills_is_no_mean(q: T, k: T, v: T, keep: T) -> T:
     # found by random programs: the same for a row of minus infinity and the lowest number
     scores = (q @ k.mT * 0.3).masked_fill(~keep, torch.finfo(torch.float32).min)
@@ -395,12 +393,7 @@ def exp_minus_logsumexp_of_two_fills_is_no_mean(q: T, k: T, v: T, keep: T) -> T:
     return torch.exp(scores - scores.logsumexp(-1, keepdim=True)) @ v
 
 
-@plain(
-    "trap 7",
-    Site(scale=0.3, causal=0, dense=True, empty_rows="nan", replaced=False, reason="empty_rows"),
-    inputs=EMPTY,
-    spelled=1,
-)
+@plain("trap 7", TWO_FILLS, inputs=EMPTY, spelled=1)
 def exp_without_a_maximum_of_two_fills_is_no_mean(q: T, k: T, v: T, keep: T) -> T:
     scores = (q @ k.mT * 0.3).masked_fill(~keep, torch.finfo(torch.float32).min)
     weights = scores.masked_fill(torch.ones(5, 7).triu(1) == 1, float("-inf")).exp()
