@@ -42,7 +42,7 @@ class Dense:
     mask: Node | None
     alive: Node | None = None  # True where the row has a key; None when every row has one
     answer: EmptyRow = EmptyRow.IMPOSSIBLE
-    flows: bool = False  # the original's gradients reach the scores of a row without a key
+    flows: float = 0.0  # the share of the original's gradients that reaches the scores of a row without a key
     scored: Node | None = None  # False where scores do not count: the queries there are taken for zero
 
 
@@ -75,7 +75,7 @@ def _alike(site: Site) -> Hashable:
         )
         for layer in site.layers
     ]
-    rest = (site.in_order, site.floored, site.rows, site.hollow, site.spec.grad, site.state)
+    rest = (site.in_order, site.floor, site.rows, site.hollow, site.spec.grad, site.state)
     return tuple(layers), tuple(name.values()), lengths, rest
 
 
@@ -159,10 +159,10 @@ def _with_low_rows(b: Builder, site: Site, bias: Node, dtype: torch.dtype, fille
     """
     val = tensor(bias)
     assert val is not None
-    if site.floored:
+    if site.floor is not None:
         bias = b.call(aten.clamp.default, bias, torch.finfo(val.dtype).min)
     # two finite fills in one place may add up to -inf, in the original as here
-    hollow = not site.floored and (site.in_order or site.rows in (EmptyRow.NAN, EmptyRow.ZERO))
+    hollow = site.floor is None and (site.in_order or site.rows in (EmptyRow.NAN, EmptyRow.ZERO))
     half = torch.float16 in (val.dtype, dtype)  # its lowest number does not swallow what a kernel adds in float32
     # raising the bias to a kernel's floor would make -inf and the lowest number of such a row alike
     shift = site.spec.grad or half or _floored_for(val, dtype) or any(v > FLOOR for v in _finite(site))
@@ -289,12 +289,12 @@ def answered(b: Builder, out: Node, call: Call, dense: Dense, sizes: Sizes, site
     if call.groups > 1:
         mean = b.call(aten.repeat_interleave.self_int, mean, call.groups, 1)
     if dense.flows:
-        mean = b.call(aten.add.Tensor, mean, _first_order(b, call, sizes, site))
+        mean = b.call(aten.add.Tensor, mean, _first_order(b, call, sizes, site, dense.flows))
     return b.call(aten.where.self, dense.alive, out, mean)
 
 
-def _first_order(b: Builder, call: Call, sizes: Sizes, site: Site) -> Node:
-    """Zero, with the gradient that an additive mask lets through to q and k in a row without a key.
+def _first_order(b: Builder, call: Call, sizes: Sizes, site: Site, share: float) -> Node:
+    """Zero, with the gradient (or a share of it) that an additive mask lets through to q and k in a row without a key.
 
     There all probabilities are 1/n, and the original's backward sends dS = (1/n) dO (v - mean v) on into the scores.
     The same gradient belongs to the linear term of softmax around equal scores,
@@ -310,4 +310,6 @@ def _first_order(b: Builder, call: Call, sizes: Sizes, site: Site) -> Node:
         across = b.call(aten.repeat_interleave.self_int, across, call.groups, 1)
     across = b.call(aten.div.Scalar, across, sizes.dim(site.roles.keys))
     term = b.call(aten.mul.Scalar, b.call(aten.matmul.default, call.q, across), call.scale)
+    if share != 1.0:
+        term = b.call(aten.mul.Scalar, term, share)
     return b.call(aten.sub.Tensor, term, b.call(aten.detach.default, term))

@@ -208,7 +208,7 @@ def _empty(site: Site, active: _Active, proof: MaskProof) -> EmptyRow | None:
     """What a query without any key gets, all biases being ordinary numbers."""
     if proof.empty_rows == "impossible":
         return EmptyRow.IMPOSSIBLE
-    if site.floored or len(proof.fills) != 1:
+    if site.floor is not None or len(proof.fills) != 1:
         return None  # then it depends on the order in which they are applied
     if proof.biases:
         return _empty_beside_biases(site, active, proof)
@@ -243,7 +243,9 @@ def _while_tame(site: Site, active: _Active, proof: MaskProof, settled: Settled)
     in float16, whose lowest number does not swallow a score that a kernel adds in float32, nor in float64, of which
     float32 makes infinities.
     """
-    if site.spec.grad or site.existing_call or site.floored or not all(_as_float32(layer) for layer, _ in active):
+    if site.spec.grad or site.existing_call or site.floor is not None:
+        return None
+    if not all(_as_float32(layer) for layer, _ in active):
         return None
     sources: dict[str, None] = {}
 

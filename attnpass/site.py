@@ -82,6 +82,20 @@ class Fill:
 Layer = Add | Fill
 
 
+@dataclass(frozen=True)
+class Floor:
+    """Scores are clamped from below at the lowest finite number."""
+
+    number: float
+    at_it: float  # the share of a gradient that passes a score which lies there: maximum shares it with the number
+
+    def passes(self, score: float) -> float:
+        """The share of a gradient that goes on to this score."""
+        if score == self.number:
+            return self.at_it
+        return 1.0 if score > self.number else 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Roles:
     """Which atoms play which part."""
@@ -115,7 +129,7 @@ class Site:
     scale: Factor
     layers: tuple[Layer, ...]  # outermost first, as they were met from the softmax inwards
     in_order: bool = False  # the layers have to be evaluated one after the other, as the original does
-    floored: bool = False  # the original clamps its scores at the lowest finite number
+    floor: Floor | None = None  # the original clamps its scores
     hollow: EmptyRow = EmptyRow.NAN  # what the original's softmax makes of a row of -inf
     causal: bool = False  # an existing call says so by itself: j <= i, counted from the start of both
     softcap: float | Node | None  # a node: a symbolic scalar
@@ -141,16 +155,22 @@ class Site:
         return q.device
 
     @property
-    def flows(self) -> bool:
-        """Gradients reach the scores of a row without a key: all its masks were written as additions."""
-        return self.spec.grad and all(layer.additive for layer in self.layers if isinstance(layer, Fill))
+    def flows(self) -> float:
+        """The share of a gradient that reaches the scores of a row without a key: all of it where all its masks were
+        written as additions, but for what a clamp keeps back.
+        """
+        fills = [layer for layer in self.layers if isinstance(layer, Fill)]
+        if not self.spec.grad or not all(fill.additive for fill in fills):
+            return 0.0
+        # a score is swallowed by what is added, so the sum is that number itself
+        return 1.0 if self.floor is None else min((self.floor.passes(fill.value) for fill in fills), default=1.0)
 
     @property
     def bent(self) -> bool:
         """The gradient that reaches the scores of a row without a key goes on through a soft cap, which is not linear:
         what answers such rows (layers.py) does not have it.
         """
-        return self.rows is EmptyRow.MEAN and self.sink is None and self.flows and self.softcap is not None
+        return self.rows is EmptyRow.MEAN and self.sink is None and self.flows > 0 and self.softcap is not None
 
     @property
     def rows(self) -> EmptyRow:

@@ -197,6 +197,27 @@ def test_parts_of_a_tuple_are_read_where_they_are() -> None:
     assert spy.targets().count("chunk") == 1
 
 
+SHAPES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "expanded to": lambda keep, scores: keep.expand(scores.shape),
+    "made of": lambda keep, scores: keep & torch.ones(scores.shape, dtype=torch.bool),
+    "cut": lambda keep, scores: keep.expand((*scores.shape[:1], *scores.shape[-2:])),
+}
+
+
+@pytest.mark.parametrize("read", SHAPES)
+def test_the_shape_of_scores_may_be_read_as_a_whole(read: str) -> None:
+    # found by random programs: the scores are gone, and with them the call that gave their sizes
+    def model(x: Tensor) -> Tensor:
+        scores = x @ x.transpose(-1, -2)
+        keep = SHAPES[read](torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril(), scores)
+        scores[~keep] = torch.finfo(scores.dtype).min
+        return torch.max(scores, torch.tensor(torch.finfo(scores.dtype).min)).softmax(-1) @ x
+
+    x = sample()
+    torch._dynamo.mark_dynamic(x, 1)
+    assert agrees(model, x).replaced == 1
+
+
 def test_a_mask_filled_with_a_literal_tensor_is_understood() -> None:
     def model(x: Tensor) -> Tensor:
         keep = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()

@@ -213,7 +213,8 @@ class _Splice:
 
     def _replace_part(self, old: Node, tree: tuple[Any, ...], user: Node) -> None:
         if user.target is not operator.getitem or not isinstance(user.args[1], int):
-            raise Unspliceable(f"{user.name} reads all results of {old.name} together")
+            self._replace_whole(old, tree, user)
+            return
         part = tree[user.args[1]]
         for reader in list(user.users):
             if isinstance(part, tuple):
@@ -222,6 +223,17 @@ class _Splice:
                 reader.replace_input_with(user, self._leaf(part, old))
             else:
                 _replace_by_constant(reader, user, part)
+
+    def _replace_whole(self, old: Node, tree: tuple[Any, ...], user: Node) -> None:
+        """Functions of torch take a size, or several tensors, as any tuple; what makes use of its own type does not."""
+        if user.op not in ("call_function", "call_method") or (user.op == "call_method" and user.args[0] is old):
+            raise Unspliceable(f"{user.name} reads all results of {old.name} together")
+        _replace_by_constant(user, old, self._parts(tree, old))
+
+    def _parts(self, tree: Any, before: Node) -> Any:
+        if isinstance(tree, tuple):
+            return tuple(self._parts(part, before) for part in tree)
+        return self._leaf(tree, before) if isinstance(tree, Node) else tree
 
     def _leaf(self, node: Node, before: Node) -> Node:
         assert isinstance(node, Node)

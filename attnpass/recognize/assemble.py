@@ -81,7 +81,8 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     kept = {p.node for p in (q.placed, k.placed, v.placed, *beside, *(p for p, _ in scale.tensors))}
     form, others = escaping(region, result, kept, effects, place.live)
     low = EmptyRow.MEAN if found.at.centred else anchor.low
-    masks = describe_layers(layers, effects, dtype, roles, axes, state, grad=grad, floored=found.at.floored, low=low)
+    floored = found.at.floor is not None
+    masks = describe_layers(layers, effects, dtype, roles, axes, state, grad=grad, floored=floored, low=low)
     spec = _spec(roles, axes, dtype, scale, found, out, masks, anchor, grad=grad, weights_used=bool(others))
     spec = dataclasses.replace(spec, inference=state.inference)
     return Site(
@@ -96,7 +97,7 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
         scale=scale,
         layers=layers,
         in_order=masks.in_order,
-        floored=found.at.floored,
+        floor=found.at.floor,
         hollow=EmptyRow.ZERO if sink is not None and out.result is None else anchor.empty,
         softcap=found.at.softcap,
         sink=sink,

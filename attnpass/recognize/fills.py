@@ -21,7 +21,7 @@ from attnpass.recognize.indicators import computed_alike, is_indicator, one_minu
 from attnpass.recognize.ops import bound, number_in, op_name, pair
 from attnpass.recognize.ranges import holds, less_range
 from attnpass.recognize.walk import Inner, Walker, register_rule
-from attnpass.site import Factor, Fill, Layer, Layout, Placed
+from attnpass.site import Factor, Fill, Floor, Layer, Layout, Placed
 
 
 def floating(at: Inner) -> torch.dtype:
@@ -143,14 +143,15 @@ def floored(w: Walker, at: Inner) -> Inner:
     if len(args) < 2 or "dim" in args or args.get("max") is not None or at.softcap is not None or at.sink is not None:
         raise Refuse("nonlinear_scores", at.node, op=op_name(at.node))
     a, b = pair(at.node)
-    scores, floor = (a, b) if w.has_product(a) else (b, a)
+    scores, least = (a, b) if w.has_product(a) else (b, a)
     if not w.has_product(scores):
         raise w.stopped(at)
     lowest = torch.finfo(floating(at)).min
-    if w.number(floor) != lowest or not holds(at.narrowest, lowest, lowest):
+    if w.number(least) != lowest or not holds(at.narrowest, lowest, lowest):
         raise Refuse("nonlinear_scores", at.node, op=op_name(at.node))
     if at.layers or at.factor != Factor():
         # what comes after it may make -inf of the lowest number again, or of any other
         raise Refuse("nonlinear_scores", at.node, op=f"{op_name(at.node)}, which is not the last step")
     source = w.read(at.node, scores)
-    return at.step(source, w.place(at, source).layout, floored=True)
+    floor = Floor(lowest, at_it=1.0 if op_name(at.node).startswith("clamp") else 0.5)
+    return at.step(source, w.place(at, source).layout, floor=floor)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Graph, Node
 
 from attnpass.errors import Refuse, first_line
@@ -21,6 +23,7 @@ from attnpass.recognize.softmax import Anchor, anchors
 from attnpass.recognize.walk import Inner, Walker
 from attnpass.recognize.weights import outwards
 from attnpass.site import Factor, Site
+from attnpass.spec import EmptyRow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +93,7 @@ def _site(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail: list
     trail.append(describe(anchor.node))
     if not over:
         raise Refuse("single_key", anchor.node)
-    walker = Walker(place.effects, axes, over, lookahead)
+    walker = Walker(place.effects, axes, over, lookahead, reach=_reach(anchor))
     source = walker.read(anchor.reader, anchor.source)
     scales = Scales(axes, place.effects, place.live)
     scaling = scales.read(anchor, source, layout, over) if scaled else None
@@ -116,6 +119,14 @@ def _site(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail: list
     if scaling is not None:
         scales.apply(scaling, out)
     return assemble(anchor, layout, found, out, walker, place)
+
+
+def _reach(anchor: Anchor) -> float:
+    """How much may be added to all scores without a change: anything, unless exponentials are summed as they are."""
+    val = tensor(anchor.reader)
+    if anchor.low is not EmptyRow.NAN or val is None:
+        return math.inf
+    return math.log(torch.finfo(val.dtype).max) / 3  # which leaves room for the scores
 
 
 def _why_no_values(refused: list[Refuse]) -> Refuse | None:

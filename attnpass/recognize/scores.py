@@ -149,7 +149,7 @@ def add(w: Walker, at: Inner) -> Inner | Found:
             arms.append(blended)
             continue
         source = w.read(at.node, scores)
-        centred = at.sink is None and _is_row_statistic(w, at, source, other)
+        centred = at.sink is None and other_size in (1, -1) and _is_row_statistic(w, at, source, other)
         outer = at if centred else w.add_term(at, other, other_size)
         if centred and not at.layers:
             outer = dataclasses.replace(outer, centred=True)
@@ -164,6 +164,8 @@ def _is_row_statistic(w: Walker, at: Inner, scores: Node, term: Any) -> bool:
     Subtracting it changes no softmax (it is one number per row, finite wherever the row has a finite score; where it
     has none, both the original and the fused call are asked about an empty row, which is treated as such).
     """
+    if not w.same_for_a_row(at.factor):
+        return False
     node = term
     while isinstance(node, Node) and op_name(node) in ("detach", "unsqueeze", "view", "reshape", "expand", "expand_as"):
         node = node.args[0]

@@ -31,7 +31,7 @@ from attnpass.recognize.ranges import greatest, holds, less_range
 from attnpass.recognize.values import levels
 from attnpass.recognize.views import shape_of
 from attnpass.shape_readers import data_inputs
-from attnpass.site import Add, Dim, Factor, Layer, Layout, Placed
+from attnpass.site import Add, Dim, Factor, Floor, Layer, Layout, Placed
 from attnpass.spec import BLURS
 
 _MAX_FORKS = 32  # nested sums of products: far more than any model has, and a bound for hostile graphs
@@ -48,7 +48,7 @@ class Inner:
     softcap: float | Node | None = None  # a node: a symbolic scalar, by which the factor further in has to divide
     sink: Placed | None = None
     centred: bool = False  # the row maximum is taken away before anything else happens to the scores
-    floored: bool = False  # scores are clamped from below at the lowest finite number
+    floor: Floor | None = None  # scores are clamped further out
     weighed: bool = False  # ... are multiplied by a mask of 0 and 1 further out, where an infinity would become NaN
     narrowest: torch.dtype = torch.float64  # of what the scores are cast to further out, that of the least range
     wide: bool = False  # ... and something was added before such a cast, in a dtype of more range
@@ -121,10 +121,13 @@ def register_rule(*names: str) -> Callable[[Rule], Rule]:
 class Walker:
     """One softmax's walk: the graph's effects, the atoms, and the axis that the softmax runs over."""
 
-    def __init__(self, effects: Effects, axes: Axes, over: Dim, lookahead: dict[Node, bool]) -> None:
+    def __init__(
+        self, effects: Effects, axes: Axes, over: Dim, lookahead: dict[Node, bool], *, reach: float = math.inf
+    ) -> None:
         self.effects = effects
         self.axes = axes
         self.over = over
+        self.reach = reach  # what a softmax that takes no maximum away can bear to have added to every score
         self.sink: Sink | None = None
         self._lookahead = lookahead
 
@@ -157,6 +160,11 @@ class Walker:
             raise Refuse("score_weights", at.node)
         return Factor(tensors=((placed, power),))
 
+    def same_for_a_row(self, factor: Factor) -> bool:
+        """The factor is one number for all keys of a query: what is one number for a row stays that, multiplied."""
+        keys = set(self.axes.resolve_dim(self.over))
+        return not any(atoms(placed.layout) & keys for placed, _ in factor.tensors)
+
     def place(self, at: Inner, source: Node) -> Placed:
         """An operand broadcast against the step's node."""
         return Placed(source, self.axes.align(at.layout, shape_of(source), shape_of(at.node)))
@@ -175,6 +183,11 @@ class Walker:
                 raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="a constant beside a sink")
             # softmax(x + c) == softmax(x) for one finite number c, but not once x is lost beside it
             if known is None or not size.is_number or not abs(known * size.number) < -BLURS:
+                raise Refuse("lost_scores", at.node)
+            if not self.same_for_a_row(at.factor):
+                raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="what a factor over keys weighs")
+            beyond = not at.factor.is_number or abs(known * size.number * at.factor.number) > self.reach
+            if not at.centred and self.reach < math.inf and beyond:
                 raise Refuse("lost_scores", at.node)
             return at
         top = at.largest(1.0, torch.float64)

@@ -220,7 +220,10 @@ def _elsewhere(
             may_refuse(*others)
         except Exception:
             return []  # torch.export itself has settled these sizes
-    eager = _on_cpu(run(copy.deepcopy(module), others, grad=how.grad))
+    try:
+        eager = _on_cpu(run(copy.deepcopy(module), others, grad=how.grad))
+    except RuntimeError:
+        return []  # a damaged program may be one at equal sizes only
     exact = eager if how.drops else _on_cpu(truth(copy.deepcopy(module), others, grad=how.grad))
     found = _on_cpu(run(candidate, others, call=call, grad=how.grad))
     return _further(found, eager, exact, how, others[0])

@@ -98,5 +98,9 @@ def _by_a_kernel_with(p: Program) -> str | None:
             return "a mask or bias that flash-attn has no argument for"
         return None
     if p.kernel == "fuzz_functions":
+        if p.front != "compile":
+            return "functions are fused only where inductor compiles"
+        if p.biases and (p.softmax == "clamped" or any(isinstance(step, Floor) for step in p.steps)):
+            return "a bias that is data and may be -inf, clamped, is no function"
         return "masks of several kinds are no function" if len(p.masks) + len(p.biases) > 1 else None
     return "torch's own kernel has no soft cap and no sink"

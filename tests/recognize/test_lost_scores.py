@@ -93,6 +93,55 @@ def test_scales_that_are_too_great_together_are_refused() -> None:
     assert not rewritten(lambda s: s * 1e200 * 1e200, torch.float64).replaced
 
 
+def from_maximum(s: Tensor) -> Tensor:
+    return s - s.amax(-1, keepdim=True)
+
+
+OF_A_KEY = torch.arange(8) != 1
+WEIGHED: dict[str, Change] = {
+    "a number": lambda s: (s + 0.5) * OF_A_KEY.to(s.dtype),
+    "a number, by a learned weight": lambda s: (s - 2.0) * torch.linspace(0.5, 1.5, 8),
+    "the maximum": lambda s: from_maximum(s) * OF_A_KEY.to(s.dtype),
+    "the maximum, divided": lambda s: from_maximum(s) / torch.linspace(0.5, 1.5, 8),
+}
+
+
+@pytest.mark.parametrize("form", WEIGHED)
+def test_what_is_one_for_a_row_is_not_once_keys_are_weighed(form: str) -> None:
+    rewritten(WEIGHED[form], torch.float32)
+
+
+@pytest.mark.parametrize("change", [lambda s: s + 0.5, from_maximum])
+def test_what_is_one_for_a_row_stays_that_where_rows_are_weighed(change: Change) -> None:
+    assert rewritten(lambda s: change(s) * torch.linspace(0.5, 1.5, 8)[:, None], torch.float32).replaced == 1
+
+
+class Bare(Attention):
+    """Softmax without its maximum: what is added may carry every exponential beyond the range of numbers."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+        weights = self.change(q @ k.mT * 0.3).exp()
+        return weights / weights.sum(-1, keepdim=True) @ v
+
+
+@pytest.mark.parametrize(
+    ("change", "fine"),
+    [
+        (lambda s: s - 30000.0, False),
+        (lambda s: (s - 3.0) * 100.0, False),
+        (lambda s: from_maximum(s) - 200.0, False),
+        (lambda s: s - 3.0, True),
+        (lambda s: (s - 200.0) * 0.1, True),
+        (lambda s: from_maximum(s - 200.0), True),
+    ],
+)
+def test_a_number_added_to_bare_exponentials(change: Change, fine: bool) -> None:
+    module, args = Bare(change), given(torch.float32)
+    new, report = attnpass.rewrite(export(module, args))
+    torch.testing.assert_close(new.module()(*args), module(*args), equal_nan=True)
+    assert report.replaced == fine
+
+
 MIN = torch.finfo(torch.float32).min
 UPPER = torch.ones(8, 8).triu(1) == 1
 AFTER_A_FLOOR: dict[str, Change] = {
