@@ -80,9 +80,19 @@ def assemble(anchor: Anchor, scores: Layout, found: Found, out: Outwards, w: Wal
     region = {*found.at.seen, *anchor.parts, anchor.node, *out.crossed}
     kept = {p.node for p in (q.placed, k.placed, v.placed, *beside, *(p for p, _ in scale.tensors))}
     form, others = escaping(region, result, kept, effects, place.live)
-    low = EmptyRow.MEAN if found.at.centred else anchor.low
-    floored = found.at.floor is not None
-    masks = describe_layers(layers, effects, dtype, roles, axes, state, grad=grad, floored=floored, low=low)
+    low, bears = (EmptyRow.MEAN, math.inf) if found.at.centred else (anchor.low, w.bears)
+    masks = describe_layers(
+        layers,
+        effects,
+        dtype,
+        roles,
+        axes,
+        state,
+        grad=grad,
+        floored=found.at.floor is not None,
+        low=low,
+        bears=bears,
+    )
     spec = _spec(roles, axes, dtype, scale, found, out, masks, anchor, grad=grad, weights_used=bool(others))
     spec = dataclasses.replace(spec, inference=state.inference)
     return Site(

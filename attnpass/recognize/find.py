@@ -93,7 +93,7 @@ def _site(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail: list
     trail.append(describe(anchor.node))
     if not over:
         raise Refuse("single_key", anchor.node)
-    walker = Walker(place.effects, axes, over, lookahead, reach=_reach(anchor))
+    walker = Walker(place.effects, axes, over, lookahead, bears=_bears(anchor))
     source = walker.read(anchor.reader, anchor.source)
     scales = Scales(axes, place.effects, place.live)
     scaling = scales.read(anchor, source, layout, over) if scaled else None
@@ -121,7 +121,7 @@ def _site(anchor: Anchor, place: Place, lookahead: dict[Node, bool], trail: list
     return assemble(anchor, layout, found, out, walker, place)
 
 
-def _reach(anchor: Anchor) -> float:
+def _bears(anchor: Anchor) -> float:
     """How much may be added to all scores without a change: anything, unless exponentials are summed as they are."""
     val = tensor(anchor.reader)
     if anchor.low is not EmptyRow.NAN or val is None:

@@ -51,8 +51,12 @@ def describe_layers(
     grad: bool,
     floored: bool,
     low: EmptyRow | None = EmptyRow.MEAN,
+    bears: float = math.inf,
 ) -> Meaning:
-    """Facts about all masks and biases of one site."""
+    """Facts about all masks and biases of one site.
+
+    `low`: what this softmax makes of a row of very low numbers; `bears`: what may be added to a row without a change.
+    """
     fills = [layer for layer in layers if isinstance(layer, Fill)]
     adds = [layer for layer in layers if isinstance(layer, Add)]
     assumptions: list[str] = []
@@ -68,6 +72,8 @@ def describe_layers(
     in_order = bool(fills) and (len({f.value for f in fills}) > 1 or (bool(adds) and not lowest > BLURS))
     empty = _empty(fills, lowest, floored=floored)
     deep = bool(adds) and lowest <= BLURS
+    if bool(adds) and BLURS < lowest < -bears:
+        obstacles.append(reason("lost_scores"))
     # beside a fill of -inf there may be rows of that and of finite ones
     finite = any(math.isfinite(f.value) for f in fills)
     if low is not EmptyRow.MEAN and (finite or deep or empty is EmptyRow.MEAN):

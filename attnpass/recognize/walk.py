@@ -122,12 +122,12 @@ class Walker:
     """One softmax's walk: the graph's effects, the atoms, and the axis that the softmax runs over."""
 
     def __init__(
-        self, effects: Effects, axes: Axes, over: Dim, lookahead: dict[Node, bool], *, reach: float = math.inf
+        self, effects: Effects, axes: Axes, over: Dim, lookahead: dict[Node, bool], *, bears: float = math.inf
     ) -> None:
         self.effects = effects
         self.axes = axes
         self.over = over
-        self.reach = reach  # what a softmax that takes no maximum away can bear to have added to every score
+        self.bears = bears  # what a softmax that takes no maximum away can bear to have added to every score
         self.sink: Sink | None = None
         self._lookahead = lookahead
 
@@ -186,8 +186,8 @@ class Walker:
                 raise Refuse("lost_scores", at.node)
             if not self.same_for_a_row(at.factor):
                 raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="what a factor over keys weighs")
-            beyond = not at.factor.is_number or abs(known * size.number * at.factor.number) > self.reach
-            if not at.centred and self.reach < math.inf and beyond:
+            beyond = not at.factor.is_number or abs(known * size.number * at.factor.number) > self.bears
+            if not at.centred and self.bears < math.inf and beyond:
                 raise Refuse("lost_scores", at.node)
             return at
         top = at.largest(1.0, torch.float64)

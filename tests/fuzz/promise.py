@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from tests.fuzz.masks import KEEP
-from tests.fuzz.programs import Bias, Cap, Floor, Mask, Program, Scale, ToFloat
+from tests.fuzz.programs import Bias, Cap, Floor, Mask, Number, Program, Scale, ToFloat
 from tests.fuzz.spelled import MODULE_SCALES, SCALES, TENSOR_SCALES
 
 # What flash-attn and its kind have arguments for, alone.
@@ -29,6 +29,8 @@ def limit(program: Program, device: str = "cpu") -> str | None:
         return "scores may be lost beside a number"
     if p.sink and (p.numbers or any(isinstance(step, Floor) for step in p.steps)):
         return "a constant beside a sink is no constant, nor is a sink clamped"
+    if _inside_a_cap(p):
+        return "a number inside a soft cap moves scores before they are bent"
     if _clamped_before(p):
         return "a clamp that is not the last step"
     if narrow and any(mask.apply == "add where, in float32" for mask in p.masks):
@@ -60,6 +62,11 @@ def limit(program: Program, device: str = "cpu") -> str | None:
     if p.cap or p.sink:
         return _by_a_kernel_with(p)
     return None
+
+
+def _inside_a_cap(p: Program) -> bool:
+    first = next((at for at, step in enumerate(p.steps) if isinstance(step, Number)), len(p.steps))
+    return any(isinstance(step, Cap) for step in p.steps[first:])
 
 
 def _clamped_before(p: Program) -> bool:

@@ -205,8 +205,8 @@ RECOGNIZE = (
     Mutant(
         "exp without the row maximum gives a mean, too",
         "recognize/assemble.py",
-        "    low = EmptyRow.MEAN if found.at.centred else anchor.low",
-        "    low = EmptyRow.MEAN",
+        "(anchor.low, w.bears)",
+        "(EmptyRow.MEAN, w.bears)",
         zoo("exp-over-sum-of-a-finite", "exp-minus-logsumexp-of-a"),
     ),
     Mutant(
@@ -257,6 +257,41 @@ RECOGNIZE = (
         "        alive = b.call(aten.lt.Scalar, b.call(aten.abs.default, top), math.inf)",
         "        alive = b.call(aten.ne.Scalar, top, -math.inf)",
         only("recognize/test_lost_scores.py", "data_may_hold"),
+    ),
+    Mutant(
+        "a factor over keys leaves a row's number one number",
+        "recognize/walk.py",
+        "        return not any(atoms(placed.layout) & keys for placed, _ in factor.tensors)",
+        "        return True",
+        only("recognize/test_lost_scores.py", "once_keys_are_weighed"),
+    ),
+    Mutant(
+        "bare exponentials bear any number",
+        "recognize/find.py",
+        "    return math.log(torch.finfo(val.dtype).max) / 3  # which",
+        "    return math.inf  # which",
+        only("recognize/test_lost_scores.py", "bare_exponentials"),
+    ),
+    Mutant(
+        "bare exponentials bear any mask that is no fill",
+        "recognize/meaning.py",
+        "    if bool(adds) and BLURS < lowest < -bears:",
+        "    if False:",
+        only("recognize/test_lost_scores.py", "bare_exponentials"),
+    ),
+    Mutant(
+        "a clamp lets every gradient pass",
+        "site.py",
+        "        return 1.0 if score > self.number else 0.0",
+        "        return 1.0",
+        only("recognize/test_floors.py"),
+    ),
+    Mutant(
+        "a maximum shares no gradient",
+        "recognize/fills.py",
+        '1.0 if op_name(at.node).startswith("clamp") else 0.5',
+        "1.0",
+        only("recognize/test_floors.py"),
     ),
 )
 

@@ -18,6 +18,7 @@ from tests.zoo.numbers import complaints, run, truth
 Change = Callable[[Tensor], Tensor]
 INF = math.inf
 FIRST = torch.arange(8) < 3
+UPPER = torch.ones(8, 8).triu(1) == 1
 
 
 class Attention(nn.Module):
@@ -128,6 +129,10 @@ class Bare(Attention):
     ("change", "fine"),
     [
         (lambda s: s - 30000.0, False),
+        (lambda s: s - 1e4 * torch.ones(8, 8), False),
+        (lambda s: s - 1e4 * UPPER, False),
+        (lambda s: from_maximum(s - 1e4 * UPPER), True),
+        (lambda s: s - 1.0 * UPPER, True),
         (lambda s: (s - 3.0) * 100.0, False),
         (lambda s: from_maximum(s) - 200.0, False),
         (lambda s: s - 3.0, True),
@@ -143,7 +148,6 @@ def test_a_number_added_to_bare_exponentials(change: Change, fine: bool) -> None
 
 
 MIN = torch.finfo(torch.float32).min
-UPPER = torch.ones(8, 8).triu(1) == 1
 AFTER_A_FLOOR: dict[str, Change] = {
     "filled with minus infinity": lambda s: s.clamp_min(MIN).masked_fill(UPPER, -INF),
     "lowered": lambda s: s.clamp_min(MIN) + torch.where(FIRST[:, None], MIN, 0.0),
