@@ -88,13 +88,14 @@ def _module(name: str) -> ModuleType:
         sys.path.insert(0, here)
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(error.name + ".")):
-            raise AttnpassError(
-                f"no module named {error.name!r}; run this in the folder that holds it, or install it"
-            ) from error
-        raise AttnpassError(f"module {name!r} needs {error.name!r}, which is not installed{place(error)}") from error
     except (Exception, SystemExit) as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None  # whoever raises it may name none
+        if missing is not None and (name == missing or name.startswith(missing + ".")):
+            raise AttnpassError(
+                f"no module named {missing!r}; run this in the folder that holds it, or install it"
+            ) from error
+        if missing is not None:
+            raise AttnpassError(f"module {name!r} needs {missing!r}, which is not installed{place(error)}") from error
         raise AttnpassError(f"module {name!r} cannot be imported: {first_line(error)}{place(error)}") from error
 
 

@@ -102,12 +102,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a module of factories, and two programs: one with attention, one without."""
     (tmp_path / "factories.py").write_text(MODELS)
     (tmp_path / "broken.py").write_text("import a_package_that_is_nowhere\n")
+    (tmp_path / "lazy.py").write_text("raise ModuleNotFoundError('some requirement is not met')\n")
     (tmp_path / "unfinished.py").write_text("def f(:\n")
     torch.export.save(torch.export.export(Attention(), qkv()), tmp_path / "model.pt2")
     torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.randn(3, 2),)), tmp_path / "linear.pt2")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    for name in ("factories", "broken", "unfinished"):
+    for name in ("factories", "broken", "lazy", "unfinished"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return tmp_path
 
@@ -363,6 +364,7 @@ def wrong(capsys: Capture, *arguments: str) -> str:
         ("factories:atention", "did you mean 'attention'?"),
         ("factories:zzz", "factories has no 'zzz'"),
         ("broken:f", "needs 'a_package_that_is_nowhere', which is not installed"),
+        ("lazy:f", "cannot be imported: ModuleNotFoundError: some requirement is not met"),
         ("unfinished:f", "cannot be imported: SyntaxError"),
         ("factories:constant", "not a function that returns (model, args)"),
         ("factories:raising", "failed: ValueError: no weights here (/"),

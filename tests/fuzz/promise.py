@@ -71,7 +71,7 @@ def _inside_a_cap(p: Program) -> bool:
 
 def _clamped_before(p: Program) -> bool:
     first = next((at for at, step in enumerate(p.steps) if isinstance(step, Floor)), len(p.steps))
-    return any(isinstance(step, Scale | Mask | Bias) for step in p.steps[first:])
+    return any(isinstance(step, Scale | Mask | Bias | Cap) for step in p.steps[first:])
 
 
 def _added_inside_a_product(p: Program) -> bool:
