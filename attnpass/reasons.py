@@ -127,6 +127,11 @@ CATALOGUE: dict[str, Entry] = {
         "a mask or bias that is finite where it is added may be infinite in {dtype}, to which scores are cast later",
         "Add it after the cast, in that dtype, or use -inf.",
     ),
+    "overflows_between": Entry(
+        _R,
+        "what is added to the scores in several places may together be infinite before it is scaled down",
+        "Add it after the scaling, or to one mask.",
+    ),
     "not_floating": Entry(_R, "the scores are {dtype}", "Complex and integer scores are left alone."),
     "empty_tensor": Entry(_R, "an axis has no elements", "Nothing to gain."),
     "single_key": Entry(_R, "the softmax runs over one element", "It is always 1; nothing to gain."),

@@ -39,7 +39,9 @@ def multiplied_mask(w: Walker, at: Inner, scores: Any, size: Any, other: Any, ot
     if isinstance(other, Node) and op_name(other) == "mul":
         for constant, rest in (pair(other), pair(other)[::-1]):
             c = w.number(constant)
-            if c is not None and isinstance(rest, Node) and isinstance(other_size, int | float):
+            if c is None or not math.isfinite(c):
+                continue  # where the mask keeps a score an infinite number adds no zero
+            if isinstance(rest, Node) and isinstance(other_size, int | float):
                 value = (c * other_size, rest)
     if value is None:
         return None
@@ -62,14 +64,16 @@ def filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: L
     if at.softcap is not None:
         # tanh of a fill is +-cap: it masks nothing
         raise Refuse("term_inside_softcap", at.node)
-    if not at.factor.is_number or (at.weighed and fill == -math.inf):
-        # further out the score is multiplied by 0 and 1, which leaves no number of an infinity
+    if not at.factor.is_number:
         raise Refuse("fill_not_constant", at.node)
     source = w.read(at.node, mask)
     if number_in(fill, floating(at)) != fill:
         fill = number_in(fill, floating(at))
     total = number_in(fill * at.factor.number, floating(at))
     if math.isinf(at.largest(fill, floating(at))):
+        if at.weighed:
+            # further out the score is multiplied by 0 and 1, which leaves no number of an infinity
+            raise Refuse("fill_not_constant", at.node)
         total = math.copysign(math.inf, total)
     if math.isnan(total) or total == math.inf:
         raise Refuse("fill_not_constant", at.node)
@@ -79,6 +83,8 @@ def filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: L
         total = -math.inf
     if math.isfinite(total) and at.lowered and at.narrows(floating(at)) and not at.survives(total):
         raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
+    if math.isfinite(total):
+        at.lower(-fill, floating(at))
     lowest = total != -math.inf and fill == torch.finfo(floating(at)).min and at.factor.number >= 1
     placed = w.term(at, source) if layout is None else Placed(source, layout)
     return Fill(placed, off, total, floating(at), lowest)

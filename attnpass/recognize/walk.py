@@ -52,6 +52,9 @@ class Inner:
     weighed: bool = False  # ... are multiplied by a mask of 0 and 1 further out, where an infinity would become NaN
     narrowest: torch.dtype = torch.float64  # of what the scores are cast to further out, that of the least range
     wide: bool = False  # ... and something was added before such a cast, in a dtype of more range
+    spare: float = (
+        math.inf
+    )  # what sums that are scaled down further out can bear to be lowered by, here, and stay finite
     lowered: float = 0.0  # by how much all that is added further out may lower a score, as far as it is known
     seen: tuple[Node, ...] = ()  # the nodes crossed, outermost first
     steps: tuple[float, ...] = ()  # the numbers that `factor` is a product of, outermost first
@@ -60,7 +63,11 @@ class Inner:
     def step(self, node: Node, layout: Layout, **changes: Any) -> Inner:
         factor = changes.get("factor")
         if factor is not None and self.factor.number != 0:
-            changes["steps"] = (*self.steps, factor.number / self.factor.number)
+            step = factor.number / self.factor.number
+            changes["steps"] = (*self.steps, step)
+            known = (factor.scalars, factor.tensors) == (self.factor.scalars, self.factor.tensors)
+            if math.isfinite(self.spare):
+                changes["spare"] = self.spare / abs(step) if known and step else 0.0
         return dataclasses.replace(self, node=node, layout=layout, seen=(*self.seen, self.node), **changes)
 
     def narrows(self, dtype: torch.dtype) -> bool:
@@ -70,6 +77,19 @@ class Inner:
     def survives(self, low: float) -> bool:
         """Such a cast leaves a number finite that is added or filled here, whatever else is added further out."""
         return holds(self.narrowest, low + self.lowered, low + self.lowered)
+
+    def lower(self, by: float, dtype: torch.dtype) -> Inner:
+        """Scores of this dtype may be lowered by so much here: by what is added, or filled in.
+
+        A kernel is given each number as it comes out of all factors. If two of them together are infinite before they
+        are scaled down, the sum is -inf in the original and finite there.
+        """
+        by = min(max(by, 0.0), greatest(dtype))
+        if by > self.spare:
+            raise Refuse("overflows_between", self.node)
+        shrinks = not self.factor.is_number or abs(self.factor.number) < 1
+        left = min(self.spare, greatest(dtype) if shrinks else math.inf) - by
+        return dataclasses.replace(self, spare=left)
 
     def largest(self, value: float, dtype: torch.dtype) -> float:
         """The largest that a number met here becomes on its way out; inf where the factors take it beyond its dtype,
@@ -195,7 +215,8 @@ class Walker:
             # a low number that is added may be -inf in between, and stays it
             raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="scaled up and down again")
         layer = Add(self.term(at, self.read(at.node, term)), at.factor.times(size))
-        held = levels(layer.tensor.node, self.effects) if layer.factor.is_number else None
+        values = levels(layer.tensor.node, self.effects)
+        held = values if layer.factor.is_number else None
         if held is not None and not all(v * layer.factor.number < -BLURS for v in held):
             # nor is it the same if a low number takes it away again before or after it meets the scores
             raise Refuse("lost_scores", at.node)
@@ -205,6 +226,10 @@ class Walker:
         if wide and not self._survives(at, layer, held):
             raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
         lowest = min((v * layer.factor.number for v in held or () if math.isfinite(v)), default=0.0)
+        if values is None or not size.is_number:
+            at = at.lower(math.inf, own.dtype)
+        else:  # -inf itself is no sum that has become so
+            at = at.lower(max((-v * size.number for v in values if math.isfinite(v)), default=0.0), own.dtype)
         return dataclasses.replace(at, layers=(*at.layers, layer), wide=wide, lowered=at.lowered + min(lowest, 0.0))
 
     def _survives(self, at: Inner, layer: Add, held: Collection[float] | None) -> bool:

@@ -46,6 +46,8 @@ def limit(program: Program, device: str = "cpu") -> str | None:
     added = any(mask.apply.startswith(("add", "sub")) for mask in p.masks)
     if (added or p.biases) and any(isinstance(step, Scale) and step.form == "twice" for step in p.steps):
         return "what is added may be -inf between two factors"
+    if _scaled_down_together(p):
+        return "what is added in several places may together be -inf before it is scaled"
     if p.autocast and p.front == "export" and p.softmax == "clamped":
         return "a tensor written in the code of an autocast region is an input of that region when it is exported"
     if _scaled_afterwards(p, MODULE_SCALES | TENSOR_SCALES):
@@ -62,6 +64,12 @@ def limit(program: Program, device: str = "cpu") -> str | None:
     if p.cap or p.sink:
         return _by_a_kernel_with(p)
     return None
+
+
+def _scaled_down_together(p: Program) -> bool:
+    last = max((at for at, step in enumerate(p.steps) if isinstance(step, Scale)), default=0)
+    inside = [step for step in p.steps[:last] if isinstance(step, Bias | Mask)]
+    return len(inside) > 1 and any(isinstance(s, Bias) or s.apply.startswith(("add", "sub")) for s in inside[1:])
 
 
 def _inside_a_cap(p: Program) -> bool:
@@ -93,7 +101,8 @@ def _scaled_afterwards(p: Program, forms: Container[str]) -> bool:
 def _by_a_kernel_with(p: Program) -> str | None:
     """Soft caps and sinks are served by few kernels, each with masks of its own."""
     kinds = {mask.kind for mask in p.masks}
-    if p.cap and p.grad and p.masks:
+    clamped = p.softmax == "clamped" or any(isinstance(step, Floor) for step in p.steps)
+    if p.cap and p.grad and (p.masks or (p.biases and clamped)):
         return "gradients through the soft cap of a row without a key"
     if p.kernel == "fuzz_tensor":
         return "no kernel has a sink and takes any mask" if p.sink else None
@@ -107,7 +116,9 @@ def _by_a_kernel_with(p: Program) -> str | None:
     if p.kernel == "fuzz_functions":
         if p.front != "compile":
             return "functions are fused only where inductor compiles"
-        if p.biases and (p.softmax == "clamped" or any(isinstance(step, Floor) for step in p.steps)):
-            return "a bias that is data and may be -inf, clamped, is no function"
+        if any(mask.kind == "no key" and mask.apply.startswith(("add", "sub")) for mask in p.masks):
+            return "an addition that masks every key is no function"
+        if clamped and (p.biases or p.masks):
+            return "data that may be -inf, clamped, is no function"
         return "masks of several kinds are no function" if len(p.masks) + len(p.biases) > 1 else None
     return "torch's own kernel has no soft cap and no sink"

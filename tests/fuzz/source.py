@@ -284,6 +284,8 @@ class Source:
             if p.damage and DAMAGES[p.damage].at == "mask":
                 self._damage("mask")
             fill = masks.FILLS[step.fill].format(s="s")
+            if p.dtype == "float16" and step.fill == "half of min":
+                fill = "-32752.0"  # which swallows no score: it must not become another number in float64
             self._say(*masks.APPLY[step.apply].format(s="s", m="keep", f=fill).splitlines())
 
     # -- softmax and values -------------------------------------------------------------------------------------------

@@ -72,8 +72,8 @@ RECOGNIZE = (
     Mutant(
         "infinity times zero is a fill",
         "recognize/fills.py",
-        "    if not at.factor.is_number or (at.weighed and fill == -math.inf):",
-        "    if not at.factor.is_number:",
+        "        if at.weighed:\n            # further out",
+        "        if False:\n            # further out",
         zoo("infinity-times-zero"),
     ),
     Mutant(
@@ -278,6 +278,20 @@ RECOGNIZE = (
         "    if bool(adds) and BLURS < lowest < -bears:",
         "    if False:",
         only("recognize/test_lost_scores.py", "bare_exponentials"),
+    ),
+    Mutant(
+        "sums that are scaled down are finite",
+        "recognize/walk.py",
+        "        if by > self.spare:",
+        "        if False:",
+        only("recognize/test_lost_scores.py", "scaled_down_are_refused"),
+    ),
+    Mutant(
+        "zero times an infinite fill is zero",
+        "recognize/fills.py",
+        "            if c is None or not math.isfinite(c):",
+        "            if c is None:",
+        zoo("zero-times-an-infinite"),
     ),
     Mutant(
         "a clamp lets every gradient pass",

@@ -170,6 +170,42 @@ def lowered(s: Tensor, *lows: float) -> Tensor:
     return s
 
 
+def masked(s: Tensor, *lows: float) -> Tensor:
+    for low in lows:
+        s = s + torch.where(FIRST[:, None], low, 0.0)
+    return s
+
+
+SCALED_DOWN: dict[str, Change] = {
+    "by a number": lambda s: masked(s, MIN, MIN / 2) * 0.5,
+    "by a division": lambda s: masked(s, MIN / 2, MIN) / 8,
+    "by a tensor": lambda s: masked(s, MIN, MIN / 2) * torch.tensor([0.25, 0.5]).view(2, 1, 1),
+    "beside a fill": lambda s: masked(s.masked_fill(FIRST[:, None], MIN), MIN / 2) * 0.5,
+    "in two steps": lambda s: masked(masked(s, MIN) * 0.5, MIN) * 0.5,
+    "from data": lambda s: (masked(s, MIN) + s.new_zeros(8).masked_fill(s[0, 0, 0] > 9.0, MIN)) * 0.5,
+}
+
+
+@pytest.mark.parametrize("form", SCALED_DOWN)
+def test_sums_that_are_infinite_before_they_are_scaled_down_are_refused(form: str) -> None:
+    # found by random programs: each number alone, scaled down, is finite, and so is their sum
+    (miss,) = rewritten(SCALED_DOWN[form], torch.float32).misses
+    assert miss.reason.code == "overflows_between"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: masked(s, -1e30, -1e30) * 0.5,
+        lambda s: masked(s, -1e30, -INF) * 0.5,
+        lambda s: masked(s, MIN) * 0.5,
+        lambda s: masked(masked(s, MIN) * 0.5, MIN),
+    ],
+)
+def test_sums_that_stay_finite_are_not(change: Change) -> None:
+    assert rewritten(change, torch.float32).replaced == 1
+
+
 HALF_MIN = torch.finfo(torch.float16).min
 CAST: dict[str, Callable[[Tensor], Tensor]] = {
     "twice": lambda s: lowered(s, -4e4, -4e4),

@@ -289,6 +289,20 @@ def infinity_times_zero_is_no_number(q: T, k: T, v: T, one: T, two: T) -> T:
     return ((q @ k.mT * 0.3).masked_fill(~one, -INF) * b - 1e9 * (1 - b)).softmax(-1) @ v
 
 
+@plain("multiplied-mask", Miss("fill_not_constant"), inputs=with_two_masks, grad=False)
+def infinity_between_two_factors_times_zero_is_no_number(q: T, k: T, v: T, one: T, two: T) -> T:
+    # found by random programs
+    b = two.to(q.dtype)
+    filled = (q @ k.mT * 0.3).masked_fill(~one, torch.finfo(q.dtype).min) * 2.0 * 0.5
+    return (filled * b - 1e9 * (1 - b)).softmax(-1) @ v
+
+
+@plain("multiplied-mask", Miss("score_weights"), inputs=EMPTY, grad=False)
+def zero_times_an_infinite_fill_is_no_number(q: T, k: T, v: T, keep: T) -> T:
+    b = keep.to(q.dtype)
+    return (q @ k.mT * 0.3 * b + (1 - b) * -INF).softmax(-1) @ v
+
+
 @plain("multiplied-mask", Miss("score_weights"), inputs=lambda: (*with_two_masks(), noise(5, 7, seed=5, grad=False)))
 def a_bias_that_may_be_infinite_inside_a_multiplied_mask(q: T, k: T, v: T, one: T, two: T, bias: T) -> T:
     b = two.to(q.dtype)
