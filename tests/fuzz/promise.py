@@ -27,6 +27,8 @@ def limit(program: Program, device: str = "cpu") -> str | None:
         return "a width that torch's CUDA kernels do not load"
     if any(abs(number) >= 6e4 for number in p.numbers):
         return "scores may be lost beside a number"
+    if p.numbers and p.softmax == "by hand, no maximum":
+        return "bare exponentials may not bear a number"
     if p.sink and (p.numbers or any(isinstance(step, Floor) for step in p.steps)):
         return "a constant beside a sink is no constant, nor is a sink clamped"
     if _inside_a_cap(p):
