@@ -52,9 +52,7 @@ class Inner:
     weighed: bool = False  # ... are multiplied by a mask of 0 and 1 further out, where an infinity would become NaN
     narrowest: torch.dtype = torch.float64  # of what the scores are cast to further out, that of the least range
     wide: bool = False  # ... and something was added before such a cast, in a dtype of more range
-    spare: float = (
-        math.inf
-    )  # what sums that are scaled down further out can bear to be lowered by, here, and stay finite
+    spare: float = math.inf  # how much lower sums that are scaled down further out may get, and stay finite
     lowered: float = 0.0  # by how much all that is added further out may lower a score, as far as it is known
     seen: tuple[Node, ...] = ()  # the nodes crossed, outermost first
     steps: tuple[float, ...] = ()  # the numbers that `factor` is a product of, outermost first
