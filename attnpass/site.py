@@ -57,6 +57,7 @@ class Add:
 
     tensor: Placed
     factor: Factor
+    dtype: torch.dtype  # of the sum
 
     @property
     def placed(self) -> Placed:

@@ -259,7 +259,7 @@ def _layers(call: _Call, scores: Layout, axes: Axes) -> tuple[Layer, ...]:
     placed = Placed(call.mask, axes.align(scores, val.shape, full))
     if val.dtype is torch.bool:
         return (Fill(placed, off=False, value=-math.inf, dtype=call.tq.dtype),)
-    return (Add(placed, Factor()),)
+    return (Add(placed, Factor(), call.tq.dtype),)
 
 
 def _spec(call: _Call, roles: Roles, masks: Meaning, axes: Axes, *, grad: bool, by_hand: bool) -> AttentionSpec:

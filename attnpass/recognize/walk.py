@@ -68,6 +68,11 @@ class Inner:
                 changes["spare"] = self.spare / abs(step) if known and step else 0.0
         return dataclasses.replace(self, node=node, layout=layout, seen=(*self.seen, self.node), **changes)
 
+    @property
+    def beyond_half(self) -> bool:
+        """Something is added or filled further out in a dtype that tells more numbers apart than float16."""
+        return any(layer.dtype is not torch.float16 for layer in self.layers)
+
     def narrows(self, dtype: torch.dtype) -> bool:
         """What is added or filled here, in this dtype, is cast to one of less range further out, alone or in a sum."""
         return self.wide or less_range(self.narrowest, dtype)
@@ -197,38 +202,44 @@ class Walker:
             # what is added may be infinite, and infinity times zero is no number
             raise Refuse("score_weights", at.node)
         if (known is not None and math.isfinite(known)) or is_scalar_node(term):
-            if at.sink is not None:
-                raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="a constant beside a sink")
-            # softmax(x + c) == softmax(x) for one finite number c, but not once x is lost beside it
-            if known is None or not size.is_number or not abs(known * size.number) < -BLURS:
-                raise Refuse("lost_scores", at.node)
-            if not self.same_for_a_row(at.factor):
-                raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="what a factor over keys weighs")
-            beyond = not at.factor.is_number or abs(known * size.number * at.factor.number) > self.bears
-            if not at.centred and self.bears < math.inf and beyond:
-                raise Refuse("lost_scores", at.node)
+            self._changes_nothing(at, math.inf if known is None or not size.is_number else known * size.number)
             return at
         top = at.largest(1.0, torch.float64)
         if top > max(1.0, abs(at.factor.number)) * (1 + 1e-6):
             # a low number that is added may be -inf in between, and stays it
             raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="scaled up and down again")
-        layer = Add(self.term(at, self.read(at.node, term)), at.factor.times(size))
+        own = tensor(at.node)
+        assert own is not None
+        layer = Add(self.term(at, self.read(at.node, term)), at.factor.times(size), own.dtype)
         values = levels(layer.tensor.node, self.effects)
         held = values if layer.factor.is_number else None
         if held is not None and not all(v * layer.factor.number < -BLURS for v in held):
             # nor is it the same if a low number takes it away again before or after it meets the scores
             raise Refuse("lost_scores", at.node)
-        own = tensor(at.node)
-        assert own is not None
+        low = -math.inf  # what may be added here; -inf itself is no sum that has become so
+        if values is not None and size.is_number:
+            low = min((v * size.number for v in values if math.isfinite(v)), default=0.0)
+        if own.dtype is torch.float16 and low <= BLURS and at.beyond_half:
+            # a row of float16's lowest number has lost its scores, which a kernel that adds all in float32 still sees
+            raise Refuse("lost_scores", at.node)
+        at = at.lower(-low, own.dtype)
         wide = at.narrows(own.dtype)
         if wide and not self._survives(at, layer, held):
             raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
         lowest = min((v * layer.factor.number for v in held or () if math.isfinite(v)), default=0.0)
-        if values is None or not size.is_number:
-            at = at.lower(math.inf, own.dtype)
-        else:  # -inf itself is no sum that has become so
-            at = at.lower(max((-v * size.number for v in values if math.isfinite(v)), default=0.0), own.dtype)
         return dataclasses.replace(at, layers=(*at.layers, layer), wide=wide, lowered=at.lowered + min(lowest, 0.0))
+
+    def _changes_nothing(self, at: Inner, number: float) -> None:
+        """Or Refuse. softmax(x + c) == softmax(x) for one finite number c, but not once x is lost beside it."""
+        if at.sink is not None:
+            raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="a constant beside a sink")
+        if not abs(number) < -BLURS:
+            raise Refuse("lost_scores", at.node)
+        if not self.same_for_a_row(at.factor):
+            raise Refuse("unknown_arguments", at.node, op=op_name(at.node), detail="what a factor over keys weighs")
+        beyond = not at.factor.is_number or abs(number * at.factor.number) > self.bears
+        if not at.centred and self.bears < math.inf and beyond:
+            raise Refuse("lost_scores", at.node)
 
     def _survives(self, at: Inner, layer: Add, held: Collection[float] | None) -> bool:
         """A cast further out makes no infinity of a finite number that is added, alone or with what else is: a row of

@@ -50,6 +50,8 @@ def limit(program: Program, device: str = "cpu") -> str | None:
         return "what is added may be -inf between two factors"
     if _scaled_down_together(p):
         return "what is added in several places may together be -inf before it is scaled"
+    if p.dtype == "float16" and _widened_between(p):
+        return "scores lost in float16 are not lost in a later sum in float32"
     if p.autocast and p.front == "export" and p.softmax == "clamped":
         return "a tensor written in the code of an autocast region is an input of that region when it is exported"
     if _scaled_afterwards(p, MODULE_SCALES | TENSOR_SCALES):
@@ -66,6 +68,14 @@ def limit(program: Program, device: str = "cpu") -> str | None:
     if p.cap or p.sink:
         return _by_a_kernel_with(p)
     return None
+
+
+def _widened_between(p: Program) -> bool:
+    at = next((n for n, step in enumerate(p.steps) if isinstance(step, ToFloat)), len(p.steps))
+    before = any(
+        isinstance(s, Bias) or (isinstance(s, Mask) and s.apply.startswith(("add", "sub"))) for s in p.steps[:at]
+    )
+    return before and any(isinstance(s, Bias | Mask) for s in p.steps[at:])
 
 
 def _scaled_down_together(p: Program) -> bool:
@@ -120,6 +130,8 @@ def _by_a_kernel_with(p: Program) -> str | None:
             return "functions are fused only where inductor compiles"
         if any(mask.kind == "no key" and mask.apply.startswith(("add", "sub")) for mask in p.masks):
             return "an addition that masks every key is no function"
+        if p.dtype == "float16" and p.biases:
+            return "a bias that is data is no function in float16, whose lowest number is an ordinary one in float32"
         if clamped and (p.biases or p.masks):
             return "data that may be -inf, clamped, is no function"
         return "masks of several kinds are no function" if len(p.masks) + len(p.biases) > 1 else None

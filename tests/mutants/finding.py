@@ -212,8 +212,8 @@ RECOGNIZE = (
     Mutant(
         "whatever number is added to all scores is nothing",
         "recognize/walk.py",
-        "            if known is None or not size.is_number or not abs(known * size.number) < -BLURS:",
-        "            if False:",
+        "        if not abs(number) < -BLURS:",
+        "        if False:",
         only("recognize/test_lost_scores.py", "what_is_great"),
     ),
     Mutant(
@@ -285,6 +285,13 @@ RECOGNIZE = (
         "        if by > self.spare:",
         "        if False:",
         only("recognize/test_lost_scores.py", "scaled_down_are_refused"),
+    ),
+    Mutant(
+        "what float16 loses float32 loses",
+        "recognize/walk.py",
+        "        if own.dtype is torch.float16 and low <= BLURS and at.beyond_half:",
+        "        if False:",
+        only("recognize/test_lost_scores.py", "lost_in_float16"),
     ),
     Mutant(
         "zero times an infinite fill is zero",

@@ -206,6 +206,20 @@ def test_sums_that_stay_finite_are_not(change: Change) -> None:
     assert rewritten(change, torch.float32).replaced == 1
 
 
+WIDENED: dict[str, Change] = {
+    "added in float32": lambda s: masked(s.half(), HALF_MIN).float() + torch.where(UPPER, MIN, 0.0),
+    "filled in float32": lambda s: masked(s.half(), HALF_MIN).float().masked_fill(UPPER, MIN),
+    "scaled in between": lambda s: (masked(s.half(), HALF_MIN) * 0.5).float().masked_fill(UPPER, MIN),
+    "from data": lambda s: (s.half() + s[0, 0, 0].half().exp()).float().masked_fill(UPPER, MIN),
+}
+
+
+@pytest.mark.parametrize("form", WIDENED)
+def test_scores_that_are_lost_in_float16_alone_are_refused(form: str) -> None:
+    # found by random programs
+    assert not rewritten(lambda s: WIDENED[form](s).half(), torch.float16).replaced
+
+
 HALF_MIN = torch.finfo(torch.float16).min
 CAST: dict[str, Callable[[Tensor], Tensor]] = {
     "twice": lambda s: lowered(s, -4e4, -4e4),
