@@ -8,6 +8,7 @@ becomes a Miss that keeps how far the walk got.
 """
 
 from attnpass.recognize.find import Finding, Lost, find
-from attnpass.recognize.walk import Found, Inner, Walker, register_rule
+from attnpass.recognize.inner import Inner
+from attnpass.recognize.walk import Found, Walker, register_rule
 
 __all__ = ["Finding", "Found", "Inner", "Lost", "Walker", "find", "register_rule"]

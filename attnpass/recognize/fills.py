@@ -18,9 +18,10 @@ from attnpass.errors import Refuse
 from attnpass.graph import dtype_text, same, tensor
 from attnpass.recognize import views
 from attnpass.recognize.indicators import computed_alike, is_indicator, one_minus
+from attnpass.recognize.inner import Inner
 from attnpass.recognize.ops import bound, number_in, op_name, pair
 from attnpass.recognize.ranges import holds, less_range
-from attnpass.recognize.walk import Inner, Walker, register_rule
+from attnpass.recognize.walk import Walker, register_rule
 from attnpass.site import Factor, Fill, Floor, Layer, Layout, Placed
 
 

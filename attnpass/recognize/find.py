@@ -15,12 +15,13 @@ from attnpass.recognize.assemble import Place, assemble
 from attnpass.recognize.axes import Axes
 from attnpass.recognize.existing import existing_call
 from attnpass.recognize.gradients import mark_gradients
+from attnpass.recognize.inner import Inner
 from attnpass.recognize.ops import describe
 from attnpass.recognize.purity import Effects
 from attnpass.recognize.safe import with_guard
 from attnpass.recognize.scaled import Scales
 from attnpass.recognize.softmax import Anchor, anchors
-from attnpass.recognize.walk import Inner, Walker
+from attnpass.recognize.walk import Walker
 from attnpass.recognize.weights import outwards
 from attnpass.site import Factor, Site
 from attnpass.spec import EmptyRow

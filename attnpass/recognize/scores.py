@@ -22,9 +22,10 @@ from attnpass.graph import same, tensor
 from attnpass.recognize import views
 from attnpass.recognize.axes import atoms
 from attnpass.recognize.fills import floating, multiplied_mask
+from attnpass.recognize.inner import Inner
 from attnpass.recognize.ops import bound, op_name, pair
 from attnpass.recognize.ranges import less_range
-from attnpass.recognize.walk import Found, Inner, Sink, Walker, register_rule
+from attnpass.recognize.walk import Found, Sink, Walker, register_rule
 from attnpass.site import Factor, Placed
 
 

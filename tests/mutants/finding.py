@@ -281,7 +281,7 @@ RECOGNIZE = (
     ),
     Mutant(
         "sums that are scaled down are finite",
-        "recognize/walk.py",
+        "recognize/inner.py",
         "        if by > self.spare:",
         "        if False:",
         only("recognize/test_lost_scores.py", "scaled_down_are_refused"),
