@@ -113,7 +113,7 @@ def answers(b: Builder, proved: Proved, shared: Shared, alive: Node) -> list[Den
     """How the rows without a key are answered, one way after the other."""
     site, known = proved.site, proved.while_tame
     if known is None:
-        return [Dense(mask=None, alive=alive, answer=site.rows, flows=site.flows)]
+        return [Dense(mask=None, alive=alive, answer=site.rows)]
     tame = tameness(b, proved, shared)
     hollow = Dense(mask=None, alive=alive, answer=site.hollow)
     if tame is None or known.rows is not EmptyRow.MEAN:

@@ -42,7 +42,6 @@ class Dense:
     mask: Node | None
     alive: Node | None = None  # True where the row has a key; None when every row has one
     answer: EmptyRow = EmptyRow.IMPOSSIBLE
-    flows: float = 0.0  # the share of the original's gradients that reaches the scores of a row without a key
     scored: Node | None = None  # False where scores do not count: the queries there are taken for zero
 
 
@@ -119,7 +118,7 @@ def _kept(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dty
     if bias is None:
         return keeping(site, keep, alive)
     mask = b.call(aten.where.ScalarOther, keep, _narrow(b, bias, dtype), -math.inf)
-    return Dense(mask=mask, alive=alive, answer=site.rows, flows=site.flows)
+    return Dense(mask=mask, alive=alive, answer=site.rows)
 
 
 def keeping(site: Site, keep: Node, alive: Node | None) -> Dense:
@@ -130,7 +129,7 @@ def keeping(site: Site, keep: Node, alive: Node | None) -> Dense:
     """
     if site.rows is EmptyRow.MEAN and not site.flows:
         return Dense(mask=keep, scored=alive)
-    return Dense(mask=keep, alive=alive, answer=site.rows, flows=site.flows)
+    return Dense(mask=keep, alive=alive, answer=site.rows)
 
 
 def with_empty_rows(b: Builder, keep: Node) -> tuple[Node, Node]:
@@ -288,12 +287,12 @@ def answered(b: Builder, out: Node, call: Call, dense: Dense, sizes: Sizes, site
     mean = b.call(aten.mean.dim, call.v, [2], True)
     if call.groups > 1:
         mean = b.call(aten.repeat_interleave.self_int, mean, call.groups, 1)
-    if dense.flows:
-        mean = b.call(aten.add.Tensor, mean, _first_order(b, call, sizes, site, dense.flows))
+    if site.flows:
+        mean = b.call(aten.add.Tensor, mean, _first_order(b, call, sizes, site))
     return b.call(aten.where.self, dense.alive, out, mean)
 
 
-def _first_order(b: Builder, call: Call, sizes: Sizes, site: Site, share: float) -> Node:
+def _first_order(b: Builder, call: Call, sizes: Sizes, site: Site) -> Node:
     """Zero, with the gradient (or a share of it) that an additive mask lets through to q and k in a row without a key.
 
     There all probabilities are 1/n, and the original's backward sends dS = (1/n) dO (v - mean v) on into the scores.
@@ -310,6 +309,6 @@ def _first_order(b: Builder, call: Call, sizes: Sizes, site: Site, share: float)
         across = b.call(aten.repeat_interleave.self_int, across, call.groups, 1)
     across = b.call(aten.div.Scalar, across, sizes.dim(site.roles.keys))
     term = b.call(aten.mul.Scalar, b.call(aten.matmul.default, call.q, across), call.scale)
-    if share != 1.0:
-        term = b.call(aten.mul.Scalar, term, share)
+    if site.flows != 1.0:
+        term = b.call(aten.mul.Scalar, term, site.flows)
     return b.call(aten.sub.Tensor, term, b.call(aten.detach.default, term))

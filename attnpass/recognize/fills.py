@@ -68,8 +68,7 @@ def filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: L
     if not at.factor.is_number:
         raise Refuse("fill_not_constant", at.node)
     source = w.read(at.node, mask)
-    if number_in(fill, floating(at)) != fill:
-        fill = number_in(fill, floating(at))
+    fill = number_in(fill, floating(at))
     total = number_in(fill * at.factor.number, floating(at))
     if math.isinf(at.largest(fill, floating(at))):
         if at.weighed:
@@ -85,7 +84,7 @@ def filled(w: Walker, at: Inner, mask: Any, *, off: bool, fill: float, layout: L
     if math.isfinite(total) and at.lowered and at.narrows(floating(at)) and not at.survives(total):
         raise Refuse("overflows", at.node, dtype=dtype_text(at.narrowest))
     if math.isfinite(total):
-        at.lower(-fill, floating(at))
+        at.lower(-fill, floating(at))  # asked only: what is further in gives way to the fill
     lowest = total != -math.inf and fill == torch.finfo(floating(at)).min and at.factor.number >= 1
     placed = w.term(at, source) if layout is None else Placed(source, layout)
     return Fill(placed, off, total, floating(at), lowest)

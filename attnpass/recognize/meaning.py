@@ -72,7 +72,7 @@ def describe_layers(
     in_order = bool(fills) and (len({f.value for f in fills}) > 1 or (bool(adds) and not lowest > BLURS))
     empty = _empty(fills, lowest, floored=floored)
     deep = bool(adds) and lowest <= BLURS
-    if bool(adds) and BLURS < lowest < -bears:
+    if BLURS < lowest < -bears:
         obstacles.append(reason("lost_scores"))
     # beside a fill of -inf there may be rows of that and of finite ones
     finite = any(math.isfinite(f.value) for f in fills)

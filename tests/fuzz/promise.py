@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Container
 
 from tests.fuzz.masks import KEEP
-from tests.fuzz.programs import Bias, Cap, Floor, Mask, Number, Program, Scale, ToFloat
+from tests.fuzz.programs import Bias, Cap, Floor, Mask, Number, Program, Scale, Step, ToFloat
 from tests.fuzz.spelled import MODULE_SCALES, SCALES, TENSOR_SCALES
 
 # What flash-attn and its kind have arguments for, alone.
@@ -45,8 +45,8 @@ def limit(program: Program, device: str = "cpu") -> str | None:
         return "float16's lowest number, scaled down, is a fill that ordinary scores may outweigh"
     if p.dtype == "float16" and any(m.fill == "min of q" for m in p.masks) and (p.upcast or ToFloat() in p.steps):
         return "float16's lowest number is a fill that scores in float32 may outweigh"
-    added = any(mask.apply.startswith(("add", "sub")) for mask in p.masks)
-    if (added or p.biases) and any(isinstance(step, Scale) and step.form == "twice" for step in p.steps):
+    added = any(map(_is_added, p.steps))
+    if added and any(isinstance(step, Scale) and step.form == "twice" for step in p.steps):
         return "what is added may be -inf between two factors"
     if _scaled_down_together(p):
         return "what is added in several places may together be -inf before it is scaled"
@@ -60,7 +60,7 @@ def limit(program: Program, device: str = "cpu") -> str | None:
         return "a bias that needs a gradient has no fused form on the CPU"
     if _added_inside_a_product(p):
         return "what is added inside a mask by multiplication may be infinite, and infinity times zero is no number"
-    low = added or bool(p.biases) or any(mask.fill != "-inf" for mask in p.masks)
+    low = added or any(mask.fill != "-inf" for mask in p.masks)
     if low and p.softmax in ("by hand, no maximum", "log-sum-exp"):
         return "these spellings of softmax have no simple answer beside low numbers"
     if p.sink and any(bias.kind == "number" for bias in p.biases):
@@ -72,16 +72,13 @@ def limit(program: Program, device: str = "cpu") -> str | None:
 
 def _widened_between(p: Program) -> bool:
     at = next((n for n, step in enumerate(p.steps) if isinstance(step, ToFloat)), len(p.steps))
-    before = any(
-        isinstance(s, Bias) or (isinstance(s, Mask) and s.apply.startswith(("add", "sub"))) for s in p.steps[:at]
-    )
-    return before and any(isinstance(s, Bias | Mask) for s in p.steps[at:])
+    return any(map(_is_added, p.steps[:at])) and any(isinstance(s, Bias | Mask) for s in p.steps[at:])
 
 
 def _scaled_down_together(p: Program) -> bool:
     last = max((at for at, step in enumerate(p.steps) if isinstance(step, Scale)), default=0)
     inside = [step for step in p.steps[:last] if isinstance(step, Bias | Mask)]
-    return len(inside) > 1 and any(isinstance(s, Bias) or s.apply.startswith(("add", "sub")) for s in inside[1:])
+    return len(inside) > 1 and any(map(_is_added, inside[1:]))
 
 
 def _inside_a_cap(p: Program) -> bool:
@@ -98,11 +95,11 @@ def _added_inside_a_product(p: Program) -> bool:
     at = next(
         (n for n, s in reversed(list(enumerate(p.steps))) if isinstance(s, Mask) and s.apply.startswith("mult")), 0
     )
-    return any(isinstance(s, Bias) or (isinstance(s, Mask) and _may_be_infinite(s)) for s in p.steps[:at])
+    return any(_is_added(s) or (isinstance(s, Mask) and s.fill == "-inf") for s in p.steps[:at])
 
 
-def _may_be_infinite(mask: Mask) -> bool:
-    return mask.apply.startswith(("add", "sub")) or mask.fill == "-inf"
+def _is_added(step: Step) -> bool:
+    return isinstance(step, Bias) or (isinstance(step, Mask) and step.apply.startswith(("add", "sub")))
 
 
 def _scaled_afterwards(p: Program, forms: Container[str]) -> bool:
@@ -128,7 +125,7 @@ def _by_a_kernel_with(p: Program) -> str | None:
     if p.kernel == "fuzz_functions":
         if p.front != "compile":
             return "functions are fused only where inductor compiles"
-        if any(mask.kind == "no key" and mask.apply.startswith(("add", "sub")) for mask in p.masks):
+        if any(mask.kind == "no key" and _is_added(mask) for mask in p.masks):
             return "an addition that masks every key is no function"
         if p.dtype == "float16" and p.biases:
             return "a bias that is data is no function in float16, whose lowest number is an ordinary one in float32"

@@ -275,7 +275,7 @@ RECOGNIZE = (
     Mutant(
         "bare exponentials bear any mask that is no fill",
         "recognize/meaning.py",
-        "    if bool(adds) and BLURS < lowest < -bears:",
+        "    if BLURS < lowest < -bears:",
         "    if False:",
         only("recognize/test_lost_scores.py", "bare_exponentials"),
     ),
