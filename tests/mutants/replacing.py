@@ -100,7 +100,7 @@ MASKS = (
     Mutant(
         "gradients through empty rows are dropped",
         "layers.py",
-        "    if dense.flows:\n        mean =",
+        "    if site.flows:\n        mean =",
         "    if False:\n        mean =",
         zoo("an-added-mask-of-the-lowest-number"),
     ),
