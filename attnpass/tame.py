@@ -73,8 +73,8 @@ def stepped(
 ) -> Thing:
     """A score, in float32, with all that the original adds to it or fills it with, one after the other.
 
-    What is lower than kernels can compute with is brought nearer without changing the order of scores: the greatest of
-    them still counts alone, and minus infinity stays.
+    What is lower or higher than kernels can compute with (they change the base of the exponential) is brought nearer
+    without changing the order of scores: the greatest of them still counts alone, and infinities stay.
     """
     known, proof = proved.while_tame, proved.proof
     assert known is not None
@@ -89,8 +89,9 @@ def stepped(
         if step.masking:
             filled = call(aten.add.Tensor, before, proof.fills[0])
             score = call(aten.where.self, render(proof.keep, torch.bool), score, filled)
-    nearer = call(aten.add.Tensor, call(aten.mul.Tensor, score, 0.5), FLOOR / 2)
-    score = call(aten.where.self, call(aten.lt.Scalar, score, FLOOR), nearer, score)
+    ordinary = call(aten.clamp.default, score, FLOOR, -FLOOR)
+    # half of each: exactly the score where that is ordinary
+    score = call(aten.add.Tensor, call(aten.mul.Tensor, score, 0.5), call(aten.mul.Tensor, ordinary, 0.5))
     if proved.site.spec.device == "cpu":
         # the operation leaves NaN out of the sum there (torch 2.13), but not infinity, which makes NaN of a row as well
         score = call(aten.where.ScalarOther, call(aten.eq.Tensor, score, score), score, math.inf)

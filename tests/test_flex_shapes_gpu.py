@@ -167,7 +167,9 @@ def test_a_training_step_of_a_model(name: str) -> None:
         model.zero_grad()
         call(ids, labels=ids, use_cache=False).loss.backward()
         grads.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
-    assert [site.kernel for site in attnpass.report().sites] == ["flex", "flex"]
+    sites = attnpass.report().sites  # of each graph, and experts that are chosen by data break a model into several
+    assert len(sites) >= 2
+    assert {site.kernel for site in sites} == {"flex"}
     assert grads[0].keys() == grads[1].keys()
     for key, eager in grads[0].items():
         torch.testing.assert_close(
