@@ -167,9 +167,10 @@ def test_a_training_step_of_a_model(name: str) -> None:
         model.zero_grad()
         call(ids, labels=ids, use_cache=False).loss.backward()
         grads.append({key: p.grad.clone() for key, p in model.named_parameters() if p.grad is not None})
-    sites = attnpass.report().sites  # of each graph, and experts that are chosen by data break a model into several
-    assert len(sites) >= 2
-    assert {site.kernel for site in sites} == {"flex"}
+    # experts that are chosen by data may break the model into graphs, some of which are given the mask
+    made_here = [site for site in attnpass.report().sites if not site.spec.bias]
+    assert made_here
+    assert {site.kernel for site in made_here} == {"flex"}
     assert grads[0].keys() == grads[1].keys()
     for key, eager in grads[0].items():
         torch.testing.assert_close(

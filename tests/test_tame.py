@@ -213,7 +213,7 @@ def test_blocks_are_left_out_only_while_the_data_are_tame() -> None:
 
 @pytest.mark.usefixtures("as_on_cuda")
 def test_scores_stay_in_order_where_kernels_change_the_base() -> None:
-    """To compute with powers of two, kernels multiply all scores by 1.44, which the lowest and greatest do not outlive."""
+    """To compute with powers of two, kernels multiply all scores by 1.44, too much for the lowest and greatest."""
     low = [-INF, MIN, -2e38, -1.5e30, -1.1e30, -0.9e30]
     numbers = torch.tensor([*low, -1e9, 0.0, 5.0, *(-x for x in reversed(low))])
     table = made()
