@@ -72,7 +72,7 @@ def describe_layers(
     in_order = bool(fills) and (len({f.value for f in fills}) > 1 or (bool(adds) and not lowest > BLURS))
     empty = _empty(fills, lowest, floored=floored)
     deep = bool(adds) and lowest <= BLURS
-    if BLURS < lowest < -bears:
+    if bears < math.inf and not sum(_seen(layer, effects) for layer in adds) <= bears:
         obstacles.append(reason("lost_scores"))
     # beside a fill of -inf there may be rows of that and of finite ones
     finite = any(math.isfinite(f.value) for f in fills)
@@ -106,6 +106,21 @@ def _lowest(adds: list[Add], effects: Effects) -> float:
         if val.is_floating_point() and number_in(total, val.dtype) == -math.inf:
             return -math.inf
     return total
+
+
+def _seen(layer: Add, effects: Effects) -> float:
+    """The most that a term may add to the scores of keys that it does not mask; infinite where that is unknown."""
+    node = layer.tensor.node
+    found, val = levels(node, effects), tensor(node)
+    if found is None or val is None or not layer.factor.is_number:
+        return math.inf
+    numbers = [v * layer.factor.number for v in found]
+    return max(abs(v) for v in (0.0, *numbers) if not _masks(v, val.dtype))
+
+
+def _masks(value: float, dtype: torch.dtype) -> bool:
+    """A number that takes a key's weight away beside ordinary scores."""
+    return value <= ASSUMED or (dtype.is_floating_point and value <= torch.finfo(dtype).min)
 
 
 def _empty(fills: list[Fill], lowest: float, *, floored: bool) -> EmptyRow:
@@ -142,9 +157,9 @@ def _as_fill(layer: Add, effects: Effects) -> Layer:
     if found is None or val is None or len(found) != 2 or 0.0 not in found or layer.factor != Factor():
         return layer
     fill = min(found)
-    lowest = val.is_floating_point() and fill == torch.finfo(val.dtype).min
-    if not lowest and fill > ASSUMED:
+    if not _masks(fill, val.dtype):
         return layer
+    lowest = val.is_floating_point() and fill == torch.finfo(val.dtype).min
     return Fill(layer.tensor, off=True, value=fill, dtype=val.dtype, lowest=lowest, additive=True)
 
 

@@ -275,7 +275,7 @@ RECOGNIZE = (
     Mutant(
         "bare exponentials bear any mask that is no fill",
         "recognize/meaning.py",
-        "    if BLURS < lowest < -bears:",
+        "    if bears < math.inf and not sum(_seen(layer, effects) for layer in adds) <= bears:",
         "    if False:",
         only("recognize/test_lost_scores.py", "bare_exponentials"),
     ),

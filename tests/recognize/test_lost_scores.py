@@ -17,6 +17,7 @@ from tests.zoo.numbers import complaints, run, truth
 
 Change = Callable[[Tensor], Tensor]
 INF = math.inf
+MIN = torch.finfo(torch.float32).min
 FIRST = torch.arange(8) < 3
 UPPER = torch.ones(8, 8).triu(1) == 1
 
@@ -137,6 +138,12 @@ class Bare(Attention):
         (lambda s: from_maximum(s) - 200.0, False),
         (lambda s: s - 3.0, True),
         (lambda s: (s - 200.0) * 0.1, True),
+        # found by random programs: a mask that leaves every query a key says nothing about what else is added
+        (lambda s: s + torch.where(UPPER, MIN, 0.0) - 1e4 * torch.ones(8, 8), False),
+        (lambda s: s + torch.where(FIRST[:, None], -1e6, 0.0), False),
+        (lambda s: s + 200.0 * UPPER, False),
+        (lambda s: s + 20.0 * UPPER + 20.0 * torch.ones(8, 8), False),
+        (lambda s: s + torch.where(UPPER, MIN, 0.0), True),
         (lambda s: from_maximum(s - 200.0), True),
     ],
 )
@@ -147,7 +154,6 @@ def test_a_number_added_to_bare_exponentials(change: Change, fine: bool) -> None
     assert report.replaced == fine
 
 
-MIN = torch.finfo(torch.float32).min
 AFTER_A_FLOOR: dict[str, Change] = {
     "filled with minus infinity": lambda s: s.clamp_min(MIN).masked_fill(UPPER, -INF),
     "lowered": lambda s: s.clamp_min(MIN) + torch.where(FIRST[:, None], MIN, 0.0),
