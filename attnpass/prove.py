@@ -32,11 +32,13 @@ from attnpass.masks.expr import TRUE, Load
 from attnpass.masks.lift import Unliftable
 from attnpass.masks.logic import TooLarge
 from attnpass.masks.settled import Settled
+from attnpass.masks.thin import thinnest
 from attnpass.reasons import Reason, reason
 from attnpass.recognize.existing import LAYOUT
+from attnpass.recognize.gradients import asked
 from attnpass.recognize.meaning import NO_GRADIENT
-from attnpass.site import Add, Fill, Layer, Site
-from attnpass.spec import CERTAIN, EmptyRow, is_causal
+from attnpass.site import Add, Fill, Layer, Placed, Site
+from attnpass.spec import CERTAIN, BiasSpec, EmptyRow, Size, is_causal
 
 _LONGEST = 160  # of a line of a proof in the ledger
 
@@ -106,6 +108,7 @@ def _prove(site: Site, masks: Masks, settled: Settled, held: frozenset[str]) -> 
         refused = dataclasses.replace(site, obstacles=(*site.obstacles, reason("mask_disagrees", detail=proof.check)))
         return Proved(site=refused, steps=steps, bug=proof.check, errors=proof.errors)
     terms = _terms(site.layers, proof)
+    site = _thinned(site, terms, masks)
     active = [pair for pair in zip(site.layers, terms, strict=True) if not _idle(*pair, proof)]
     rows = _rows(site, active, proof, settled)
     while_tame = None if rows is not None else _while_tame(site, active, proof, settled)
@@ -164,6 +167,29 @@ def _terms(layers: tuple[Layer, ...], proof: MaskProof) -> list[AddedTerm | None
 
 def _added(layers: tuple[Layer, ...], terms: list[AddedTerm | None]) -> list[tuple[Add, AddedTerm | None]]:
     return [(layer, term) for layer, term in zip(layers, terms, strict=True) if isinstance(layer, Add)]
+
+
+def _thinned(site: Site, terms: list[AddedTerm | None], masks: Masks) -> Site:
+    """Biases that turn out to be masked nowhere, from before they were masked: the same numbers in a smaller tensor.
+
+    They need not have the same gradients (one of the two may be detached): where any is asked, nothing is done.
+    """
+    layers, specs = list(site.layers), list(site.spec.bias)
+    for n, (layer, term) in enumerate(zip(site.layers, terms, strict=True)):
+        if not isinstance(layer, Add) or term is None or term.masking or term.droppable:
+            continue
+        placed = thinnest(masks, site, layer.tensor)
+        if placed != layer.tensor and not any(asked(x.node, site.state) for x in (placed, layer.tensor)):
+            layers[n] = dataclasses.replace(layer, tensor=placed)
+            at = sum(isinstance(before, Add) for before in site.layers[:n])
+            specs[at] = dataclasses.replace(specs[at], shape=_shape(specs[at], placed, site))
+    return dataclasses.replace(site, layers=tuple(layers), spec=dataclasses.replace(site.spec, bias=tuple(specs)))
+
+
+def _shape(spec: BiasSpec, placed: Placed, site: Site) -> tuple[Size, ...]:
+    own = {atom for dim in placed.layout for atom in dim}
+    roles = (site.roles.batch, site.roles.heads, site.roles.queries, site.roles.keys)
+    return tuple(size if own & set(part) else 1 for size, part in zip(spec.shape, roles, strict=True))
 
 
 def _idle(layer: Layer, term: AddedTerm | None, proof: MaskProof) -> bool:

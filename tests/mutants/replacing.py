@@ -139,6 +139,27 @@ MASKS = (
         "f.call(aten.tanh.default, f.call(aten.mul.Tensor, x, cap)), cap)",
         only("test_flex.py", "form_for_cuda and cap"),
     ),
+    Mutant(
+        "any operand of a bias is as good as the bias",
+        "masks/thin.py",
+        "if before is not None and lifted(before) == value), None)",
+        "if before is not None), None)",
+        only("test_thin.py", "is_no_mask"),
+    ),
+    Mutant(
+        "a bias is read from before it was masked, whatever is written",
+        "masks/thin.py",
+        "for node in at.node.all_input_nodes if not written(node))",
+        "for node in at.node.all_input_nodes)",
+        only("test_thin.py", "meanwhile"),
+    ),
+    Mutant(
+        "a bias that was detached gets gradients",
+        "prove.py",
+        " and not any(asked(x.node, site.state) for x in (placed, layer.tensor)):",
+        ":",
+        only("test_thin.py", "detached"),
+    ),
 )
 
 KERNELS = (
