@@ -58,6 +58,11 @@ class Inner:
         """Something is added or filled further out in a dtype that tells more numbers apart than float16."""
         return any(layer.dtype is not torch.float16 for layer in self.layers)
 
+    @property
+    def shrinks(self) -> bool:
+        """What is added here may come out smaller."""
+        return not self.factor.is_number or abs(self.factor.number) < 1
+
     def narrows(self, dtype: torch.dtype) -> bool:
         """What is added or filled here, in this dtype, is cast to one of less range further out, alone or in a sum."""
         return self.wide or less_range(self.narrowest, dtype)
@@ -75,8 +80,7 @@ class Inner:
         by = min(max(by, 0.0), greatest(dtype))
         if by > self.spare:
             raise Refuse("overflows_between", self.node)
-        shrinks = not self.factor.is_number or abs(self.factor.number) < 1
-        left = min(self.spare, greatest(dtype) if shrinks else math.inf) - by
+        left = min(self.spare, greatest(dtype) if self.shrinks else math.inf) - by
         return dataclasses.replace(self, spare=left)
 
     def largest(self, value: float, dtype: torch.dtype) -> float:

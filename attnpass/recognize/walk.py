@@ -152,8 +152,9 @@ class Walker:
         low = -math.inf  # what may be added here; -inf itself is no sum that has become so
         if values is not None and size.is_number:
             low = min((v * size.number for v in values if math.isfinite(v)), default=0.0)
-        if own.dtype is torch.float16 and low <= BLURS and at.beyond_half:
-            # a row of float16's lowest number has lost its scores, which a kernel that adds all in float32 still sees
+        if own.dtype is torch.float16 and low <= BLURS and (at.beyond_half or at.shrinks):
+            # a row of float16's lowest number has lost its scores, which a kernel that adds all in float32 still sees,
+            # unless it is known by that number; nor is it once that is scaled down
             raise Refuse("lost_scores", at.node)
         at = at.lower(-low, own.dtype)
         wide = at.narrows(own.dtype)

@@ -289,7 +289,7 @@ RECOGNIZE = (
     Mutant(
         "what float16 loses float32 loses",
         "recognize/walk.py",
-        "        if own.dtype is torch.float16 and low <= BLURS and at.beyond_half:",
+        "        if own.dtype is torch.float16 and low <= BLURS and (at.beyond_half or at.shrinks):",
         "        if False:",
         only("recognize/test_lost_scores.py", "lost_in_float16"),
     ),

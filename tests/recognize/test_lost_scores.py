@@ -217,6 +217,10 @@ WIDENED: dict[str, Change] = {
     "filled in float32": lambda s: masked(s, HALF_MIN).float().masked_fill(UPPER, MIN),
     "scaled in between": lambda s: (masked(s, HALF_MIN) * 0.5).float().masked_fill(UPPER, MIN),
     "from data": lambda s: (s + s[0, 0, 0].exp()).float().masked_fill(UPPER, MIN),
+    "scaled down": lambda s: masked(s, HALF_MIN) * 0.5,
+    "scaled down, negated": lambda s: -(masked(s, HALF_MIN) / -2.0),
+    "scaled by a tensor": lambda s: masked(s, HALF_MIN) * torch.tensor([0.5, 1.0]).half().view(2, 1, 1),
+    "scaled down from data": lambda s: (s + s[0, 0, 0].exp()) * 0.5,
 }
 
 
@@ -225,6 +229,11 @@ def test_scores_that_are_lost_in_float16_alone_are_refused(form: str) -> None:
     # found by random programs
     (miss,) = rewritten(WIDENED[form], torch.float16).misses
     assert miss.reason.code == "lost_scores"
+
+
+@pytest.mark.parametrize("change", [lambda s: masked(s, HALF_MIN), lambda s: masked(s, -100.0) * 0.5])
+def test_scores_that_are_lost_in_float16_and_known_to_be_are_not(change: Change) -> None:
+    assert rewritten(change, torch.float16).replaced == 1
 
 
 HALF_MIN = torch.finfo(torch.float16).min
