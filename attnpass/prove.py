@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Graph, Node
 
-from attnpass.graph import tensor
+from attnpass.graph import size_text, tensor
 from attnpass.masks import AddedTerm, MaskProof, Masks
 from attnpass.masks.bias import TAME, ordinary
 from attnpass.masks.expr import TRUE, Load
@@ -38,7 +38,7 @@ from attnpass.recognize.existing import LAYOUT
 from attnpass.recognize.gradients import asked
 from attnpass.recognize.meaning import NO_GRADIENT
 from attnpass.site import Add, Fill, Layer, Placed, Site
-from attnpass.spec import CERTAIN, BiasSpec, EmptyRow, Size, is_causal
+from attnpass.spec import CERTAIN, BiasSpec, EmptyRow, is_causal
 
 _LONGEST = 160  # of a line of a proof in the ledger
 
@@ -174,22 +174,26 @@ def _thinned(site: Site, terms: list[AddedTerm | None], masks: Masks) -> Site:
 
     They need not have the same gradients (one of the two may be detached): where any is asked, nothing is done.
     """
-    layers, specs = list(site.layers), list(site.spec.bias)
-    for n, (layer, term) in enumerate(zip(site.layers, terms, strict=True)):
-        if not isinstance(layer, Add) or term is None or term.masking or term.droppable:
-            continue
-        placed = thinnest(masks, site, layer.tensor)
-        if placed != layer.tensor and not any(asked(x.node, site.state) for x in (placed, layer.tensor)):
-            layers[n] = dataclasses.replace(layer, tensor=placed)
-            at = sum(isinstance(before, Add) for before in site.layers[:n])
-            specs[at] = dataclasses.replace(specs[at], shape=_shape(specs[at], placed, site))
-    return dataclasses.replace(site, layers=tuple(layers), spec=dataclasses.replace(site.spec, bias=tuple(specs)))
+    layers = tuple(_thin(layer, term, site, masks) for layer, term in zip(site.layers, terms, strict=True))
+    adds = (layer for layer in layers if isinstance(layer, Add))
+    bias = tuple(_resized(spec, add.tensor, site) for spec, add in zip(site.spec.bias, adds, strict=True))
+    return dataclasses.replace(site, layers=layers, spec=dataclasses.replace(site.spec, bias=bias))
 
 
-def _shape(spec: BiasSpec, placed: Placed, site: Site) -> tuple[Size, ...]:
+def _thin(layer: Layer, term: AddedTerm | None, site: Site, masks: Masks) -> Layer:
+    if not isinstance(layer, Add) or term is None or term.masking or term.droppable:
+        return layer
+    if asked(layer.tensor.node, site.state):
+        return layer
+    placed = thinnest(masks, site, layer.tensor)
+    return layer if asked(placed.node, site.state) else dataclasses.replace(layer, tensor=placed)
+
+
+def _resized(spec: BiasSpec, placed: Placed, site: Site) -> BiasSpec:
     own = {atom for dim in placed.layout for atom in dim}
-    roles = (site.roles.batch, site.roles.heads, site.roles.queries, site.roles.keys)
-    return tuple(size if own & set(part) else 1 for size, part in zip(spec.shape, roles, strict=True))
+    parts = (site.roles.batch, site.roles.heads, site.roles.queries, site.roles.keys)
+    sizes = [math.prod(site.sizes[atom] for atom in part if atom in own) for part in parts]
+    return dataclasses.replace(spec, shape=tuple(map(size_text, sizes)))
 
 
 def _idle(layer: Layer, term: AddedTerm | None, proof: MaskProof) -> bool:

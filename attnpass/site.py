@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from attnpass.graph import State, tensor
 from attnpass.reasons import Reason
-from attnpass.spec import AttentionSpec, EmptyRow
+from attnpass.spec import ASSUMED, AttentionSpec, EmptyRow
 
 Atom = int
 Dim = tuple[Atom, ...]
@@ -62,6 +62,11 @@ class Add:
     @property
     def placed(self) -> Placed:
         return self.tensor
+
+
+def dominates(value: float, dtype: torch.dtype) -> bool:
+    """A number that takes a key's weight away beside ordinary scores."""
+    return value <= ASSUMED or (dtype.is_floating_point and value <= torch.finfo(dtype).min)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ from attnpass.masks.expr import (
 from attnpass.masks.frame import Frame
 from attnpass.masks.logic import either, is_bool, ite, leaves, negate
 from attnpass.masks.substitute import substitute
+from attnpass.site import dominates
 from attnpass.spec import ASSUMED, BLURS
 
 TAME = 1e3  # data below it are ordinary numbers, and stay such when they are slopes that distances are multiplied with
@@ -82,11 +83,6 @@ class Split:
     fills: tuple[float, ...]  # the dominating values found, least first
     exact: bool  # the fills are these very numbers, nothing is added to them
     values: tuple[float, ...] | None  # all values the tensor takes, where that is a finite set
-
-
-def dominates(value: float, dtype: torch.dtype) -> bool:
-    """A number that takes a key's weight away beside ordinary scores."""
-    return value <= ASSUMED or (dtype.is_floating_point and value <= torch.finfo(dtype).min)
 
 
 def split(tree: Tree, dtype: torch.dtype, factor: float = 1.0) -> Split:

@@ -22,7 +22,7 @@ from attnpass.recognize.gradients import asked
 from attnpass.recognize.ops import number_in
 from attnpass.recognize.purity import Effects
 from attnpass.recognize.values import levels
-from attnpass.site import Add, Factor, Fill, Layer, Roles
+from attnpass.site import Add, Factor, Fill, Layer, Roles, dominates
 from attnpass.spec import ASSUMED, BLURS, CERTAIN, BiasSpec, EmptyRow, MaskSpec, Size
 
 NO_GRADIENT = "no gradient is asked of a query that a bias masks entirely"
@@ -115,12 +115,7 @@ def _seen(layer: Add, effects: Effects) -> float:
     if found is None or val is None or not layer.factor.is_number:
         return math.inf
     numbers = [v * layer.factor.number for v in found]
-    return max(abs(v) for v in (0.0, *numbers) if not _masks(v, val.dtype))
-
-
-def _masks(value: float, dtype: torch.dtype) -> bool:
-    """A number that takes a key's weight away beside ordinary scores."""
-    return value <= ASSUMED or (dtype.is_floating_point and value <= torch.finfo(dtype).min)
+    return max(abs(v) for v in (0.0, *numbers) if not dominates(v, val.dtype))
 
 
 def _empty(fills: list[Fill], lowest: float, *, floored: bool) -> EmptyRow:
@@ -157,7 +152,7 @@ def _as_fill(layer: Add, effects: Effects) -> Layer:
     if found is None or val is None or len(found) != 2 or 0.0 not in found or layer.factor != Factor():
         return layer
     fill = min(found)
-    if not _masks(fill, val.dtype):
+    if not dominates(fill, val.dtype):
         return layer
     lowest = val.is_floating_point() and fill == torch.finfo(val.dtype).min
     return Fill(layer.tensor, off=True, value=fill, dtype=val.dtype, lowest=lowest, additive=True)

@@ -56,7 +56,6 @@ class Judged:
     invalid: str | None = None  # the program does not run by itself
 
 
-FORCED = -1e9  # min_gain: programs this small are often as fast as they are, which is not what is asked here
 # The only fused kernel for float32 on CUDA loses more digits than plain products (tests/test_zoo_gpu.py).
 CUDA_FLOORS = {torch.float32: 4096.0}
 OTHER = {"B": 1, "Q": 2, "K": 2}  # by how much other sizes are larger
@@ -123,10 +122,15 @@ def _built(namespace: dict[str, Any], how: How, device: str) -> tuple[nn.Module,
     return module, namespace["inputs"](device=device)
 
 
+def _options(how: How) -> dict[str, Any]:
+    """Programs this small are often as fast as they are, which is not what is asked here."""
+    return {"kernel": how.kernel, "min_gain": -1e9}
+
+
 def _candidate(namespace: dict[str, Any], module: nn.Module, given: tuple[Any, ...], how: How) -> _Candidate:
     if how.front == "compile":
         return _compiled(namespace, module, given, how)
-    policy = attnpass.Policy(kernel=how.kernel, min_gain=FORCED)
+    policy = attnpass.Policy(**_options(how))
     if how.front == "graph":
         return _traced(module, given, how, policy)
     shapes = None if how.dynamic is None else [_marked(dims, how.dynamic) for dims in namespace["DIMS"]]
@@ -178,14 +182,13 @@ def _compiled(namespace: dict[str, Any], module: nn.Module, given: tuple[Any, ..
 
     def backend(gm: Any, example_inputs: Any) -> Any:
         if how.kernel == "fuzz_functions":  # functions are otherwise given only where inductor compiles them
-            policy = attnpass.Policy(kernel=how.kernel, min_gain=FORCED)
+            policy = attnpass.Policy(**_options(how))
             done = frames.process(gm, example_inputs, name="graph", policy=policy, rewrite=True, compiled=True)
             reports.append(done.report)
             return lookup_backend(how.inner)(gm, example_inputs)
         from attnpass.capture.dynamo import backend as ours
 
-        options = {"inner": how.inner, "kernel": how.kernel, "min_gain": FORCED}
-        return ours(gm, example_inputs, options=options)
+        return ours(gm, example_inputs, options={"inner": how.inner, **_options(how)})
 
     mine = copy.deepcopy(module)
     fast = torch.compile(mine, backend=backend, fullgraph=True, dynamic=None if how.dynamic else False)

@@ -45,8 +45,8 @@ def limit(program: Program, device: str = "cpu") -> str | None:
         return "float16's lowest number, scaled down, is a fill that ordinary scores may outweigh"
     if p.dtype == "float16" and any(m.fill == "min of q" for m in p.masks) and (p.upcast or ToFloat() in p.steps):
         return "float16's lowest number is a fill that scores in float32 may outweigh"
-    if p.dtype == "float16" and _scaled_after_adding(p):
-        return "scores that float16 loses beside what is added, which is scaled down afterwards"
+    if p.dtype == "float16" and _data_scaled_afterwards(p):
+        return "scores that float16 may lose beside data that are added and scaled down afterwards"
     added = any(map(_is_added, p.steps))
     if added and any(isinstance(step, Scale) and step.form == "twice" for step in p.steps):
         return "what is added may be -inf between two factors"
@@ -83,9 +83,9 @@ def _scaled_down_together(p: Program) -> bool:
     return len(inside) > 1 and any(map(_is_added, inside[1:]))
 
 
-def _scaled_after_adding(p: Program) -> bool:
-    first = next((at for at, step in enumerate(p.steps) if _is_added(step)), len(p.steps))
-    return any(isinstance(step, Scale) for step in p.steps[first:])
+def _data_scaled_afterwards(p: Program) -> bool:
+    data = (at for at, step in enumerate(p.steps) if isinstance(step, Bias) and step.kind != "number")
+    return any(isinstance(step, Scale) for step in p.steps[next(data, len(p.steps)) :])
 
 
 def _inside_a_cap(p: Program) -> bool:

@@ -156,8 +156,8 @@ MASKS = (
     Mutant(
         "a bias that was detached gets gradients",
         "prove.py",
-        " and not any(asked(x.node, site.state) for x in (placed, layer.tensor)):",
-        ":",
+        "return layer if asked(placed.node, site.state) else dataclasses",
+        "return dataclasses",
         only("test_thin.py", "detached"),
     ),
 )
