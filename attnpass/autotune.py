@@ -13,7 +13,6 @@ the graph was traced with. Where gradients are asked for a forward and a backwar
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import hashlib
@@ -31,6 +30,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from attnpass.aside import aside
 from attnpass.choose import Choice
 from attnpass.emit import build
 from attnpass.errors import first_line
@@ -153,16 +153,13 @@ def _like(node: Node, generator: torch.Generator) -> torch.Tensor:
 
 def _measured(make: Callable[[], Cut], site: Site, compiled: bool) -> float | None:
     try:
-        part = make()
-        # a thread of its own: nothing of the compilation that this is part of may be seen or changed
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            return pool.submit(_timed_in_thread, part, site, compiled).result()
+        return aside(_timed_aside, make(), site, compiled)
     except Exception as error:  # what cannot be timed is not chosen for its time
         print(f"attnpass: could not be timed: {first_line(error)}", file=sys.stderr)
         return None
 
 
-def _timed_in_thread(part: Cut, site: Site, compiled: bool) -> float:
+def _timed_aside(part: Cut, site: Site, compiled: bool) -> float:
     own = torch.Generator(site.device).manual_seed(0)  # the user's random numbers stay as they are
     given = [_like(node, own) for node in part.reads]
     grad = site.spec.grad and any(x.requires_grad for x in given)

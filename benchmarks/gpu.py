@@ -1,10 +1,12 @@
 """Unmodified models on a GPU: eager attention through inductor, through attnpass, and what the library ships (sdpa).
 
-    python -m benchmarks.gpu [--only NAME ...] [--train] [--by-hand] [--json FILE]
+    python -m benchmarks.gpu [--only NAME ...] [--train] [--by-hand] [--waived] [--jobs 16] [--json FILE]
 
 Times are medians of CUDA events around one forward call in bfloat16 (with --train: forward and backward), memory is the
-peak above what the model itself holds, errors are relative to the same model in float32. All forms of a model are
-measured in one process. The rows called decode are one step behind a static cache that is nearly full.
+peak above what the model itself holds, errors are relative to the same model in float32. Each form of a model is
+compiled in a process of its own, many at once; they are measured one at a time, in rounds (benchmarks/apart.py). The
+rows called decode are one step behind a static cache that is nearly full. --by-hand adds the library's other
+integrations; --waived the pass with `empty_rows="dont_care"`, where queries without a key make a difference.
 """
 
 from __future__ import annotations
@@ -12,16 +14,19 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
+import statistics
+import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from attnpass.errors import first_line
+from benchmarks.apart import Measured, measured
 from benchmarks.models import Inputs, Model, decoder, right_padded, tokens
 from benchmarks.timing import median_ms, peak_mib
 
@@ -92,47 +97,88 @@ for batch, length in ((1, 2048), (1, 32768), (16, 8192), (8, 32768)):
     )
 FORMS = (("eager", "inductor"), ("eager", "attnpass"), ("sdpa", "inductor"), ("sdpa", "attnpass"))
 BY_HAND = (("flash_attention_2", "inductor"), ("flex_attention", "inductor"))
+WAIVED = (("eager", "attnpass, dont_care"), ("sdpa", "attnpass, dont_care"))
+ROUNDS = 3
 
 
-def rows(name: str, forms: Sequence[tuple[str, str]], *, train: bool) -> Iterator[Row]:
-    """The forms of one model."""
+@dataclass(frozen=True)
+class Task:
+    """One form of one model; the one called exact is what the errors of the others are taken from."""
+
+    model: str
+    attention: str
+    compiler: str
+    train: bool
+    folder: str  # where exact results lie
+
+    @property
+    def exact(self) -> Path:
+        return Path(self.folder) / f"{self.model}.pt"
+
+
+def forms(name: str, *, by_hand: bool, waived: bool) -> Iterator[tuple[str, str]]:
+    """How a model is measured."""
+    yield from FORMS
+    if by_hand and not MODELS[name].cache:  # the library's other integrations take no static cache
+        yield from BY_HAND
+    if waived and (MODELS[name].cache or "pad" in name):
+        yield from WAIVED
+
+
+def groups(tasks: Sequence[Task], most: int) -> Iterator[list[Task]]:
+    """Those of whole models, as many as may run side by side."""
+    group: list[Task] = []
+    for name in dict.fromkeys(task.model for task in tasks):
+        own = [task for task in tasks if task.model == name]
+        if group and len(group) + len(own) > most:
+            yield group
+            group = []
+        group += own
+    yield group
+
+
+def prepare(task: Task) -> Callable[[], Row]:
+    """Compiles one form and runs it once."""
+    warnings.filterwarnings("ignore")
     torch.manual_seed(0)
-    inputs = {key: x.cuda() for key, x in MODELS[name].inputs().items()}
-    exact = _model(name, "eager")
-    true = _run(exact, inputs | MODELS[name].state(exact, inputs), train=False)
-    del exact
-    for attention, compiler in forms:
-        try:
-            yield _row(name, attention, compiler, inputs, true, train=train)
-        except Exception as failure:  # not every model has every integration
-            yield Row(name, attention, compiler, train, note=f"{type(failure).__name__}: {first_line(failure)[:100]}")
+    inputs = {key: x.cuda() for key, x in MODELS[task.model].inputs().items()}
+    if task.compiler == "exact":
+        model = _model(task)
+        torch.save(_run(model, inputs | MODELS[task.model].state(model, inputs), train=False), task.exact)
+        return lambda: Row(task.model, task.attention, task.compiler, task.train)
 
-
-def _row(name: str, attention: str, compiler: str, inputs: Inputs, true: torch.Tensor, *, train: bool) -> Row:
     import attnpass
     from attnpass.capture.dynamo import backend
 
-    torch._dynamo.reset()
-    attnpass.reset()
-    model = _model(name, attention)
+    model = _model(task)
     for parameter in model.parameters():  # rotary frequencies stay what a loaded model has: float32
         parameter.data = parameter.data.bfloat16()
-    inputs = inputs | MODELS[name].state(model, inputs)
-    compiled = torch.compile(model, backend=backend if compiler == "attnpass" else "inductor")
-    out = _run(compiled, inputs, train=train)
-    error = ((out.float() - true).norm() / true.norm()).item()
-    del out
-    ms = median_ms(lambda: _run(compiled, inputs, train=train))
-    mib = peak_mib(lambda: _run(compiled, inputs, train=train))
+    torch.cuda.empty_cache()
+    inputs = inputs | MODELS[task.model].state(model, inputs)
+    ours = task.compiler.startswith("attnpass")
+    options = {"empty_rows": "dont_care"} if task.compiler.endswith("dont_care") else None
+    call = torch.compile(model, backend=backend if ours else "inductor", options=options)
+    out = _run(call, inputs, train=task.train).cpu()
+    torch.cuda.empty_cache()
     report = attnpass.report()
     kernels = sorted({site.kernel for site in report.sites if site.kernel})
-    note = f"{report.replaced} replaced by {', '.join(kernels)}" if compiler == "attnpass" else ""
-    return Row(name, attention, compiler, train, ms, mib, error, note)
+    note = f"{report.replaced} replaced by {', '.join(kernels)}" if ours else ""
+    row = Row(task.model, task.attention, task.compiler, task.train, note=note)
+
+    def measure() -> Row:
+        ms = median_ms(lambda: _run(call, inputs, train=task.train))
+        mib = peak_mib(lambda: _run(call, inputs, train=task.train))
+        true = torch.load(task.exact, map_location="cpu")
+        error = ((out.float() - true).norm() / true.norm()).item()
+        return replace(row, ms=ms, mib=mib, error=error)
+
+    return measure
 
 
-def _model(name: str, attention: str) -> nn.Module:
+def _model(task: Task) -> nn.Module:
     torch.manual_seed(1)
-    return MODELS[name].build(attention).cuda().eval()
+    with torch.device("cuda"):
+        return MODELS[task.model].build(task.attention).cuda().eval()
 
 
 def _run(model: Any, inputs: Inputs, *, train: bool) -> torch.Tensor:
@@ -144,24 +190,42 @@ def _run(model: Any, inputs: Inputs, *, train: bool) -> torch.Tensor:
     return result.detach()
 
 
+def together(found: Measured[Task, Row]) -> Row:
+    """The rounds of one form."""
+    task = found.task
+    if found.failure:
+        return Row(task.model, task.attention, task.compiler, task.train, note=found.failure)
+    times = [row.ms for row in found.results if row.ms is not None]
+    return replace(found.results[0], ms=statistics.median(times) if times else None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", action="append", choices=sorted(MODELS), help="only this model (may be repeated)")
     parser.add_argument("--train", action="store_true", help="a forward and a backward pass")
     parser.add_argument("--by-hand", action="store_true", help="the library's other integrations as well")
+    parser.add_argument("--waived", action="store_true", help="and the pass where rows without a key may hold anything")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
-    warnings.filterwarnings("ignore")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     found: list[Row] = []
-    for name in asked.only or MODELS:
-        for row in rows(name, FORMS + (BY_HAND if asked.by_hand else ()), train=asked.train):
-            found.append(row)
-            figures = "" if row.ms is None else f"{row.ms:7.2f} ms {row.mib:6.0f} MiB error {row.error:.1e}"
-            print(f"{row.model:20} {row.attention:18} {row.compiler:9} {figures}  {row.note}", flush=True)
-            if asked.json:  # after each row: what was measured survives a limit of time
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = [
+            Task(name, attention, compiler, asked.train, folder)
+            for name in asked.only or MODELS
+            for attention, compiler in (("eager", "exact"), *forms(name, by_hand=asked.by_hand, waived=asked.waived))
+        ]
+        for group in groups(tasks, asked.jobs):
+            for row in map(together, measured(prepare, group, rounds=ROUNDS)):
+                if row.compiler == "exact" and not row.note:
+                    continue
+                found.append(row)
+                figures = "" if row.ms is None else f"{row.ms:7.2f} ms {row.mib:6.0f} MiB error {row.error:.1e}"
+                print(f"{row.model:20} {row.attention:18} {row.compiler:19} {figures}  {row.note}", flush=True)
+            if asked.json:  # after each group: what was measured survives a limit of time
                 asked.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
 
 

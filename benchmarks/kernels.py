@@ -1,10 +1,11 @@
 """Every kernel that can run here, through the pass: TFLOP/s and error of attention alone, by form of mask and width.
 
-    python -m benchmarks.kernels [--only KERNEL ...] [--json FILE] [--write]
+    python -m benchmarks.kernels [--only KERNEL ...] [--jobs 16] [--json FILE] [--write]
 
 The attention is hand-written code, compiled with the pass and one kernel asked for; what the kernel refuses is a line
 with the reason. Times are medians of CUDA events, operations are counted on the scores that the mask keeps, errors are
-relative to float64 and of one head. `--write` puts the rates into attnpass/rates.json, from which the pass chooses.
+relative to float64 and of one head. Many are compiled side by side, and measured one at a time (benchmarks/apart.py).
+`--write` puts the rates into attnpass/rates.json, from which the pass chooses.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import datetime
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from attnpass.errors import first_line
+from benchmarks.apart import measured
 from benchmarks.timing import median_ms
 
 WINDOW = 1024
@@ -94,58 +97,89 @@ def kept(form: str, length: int) -> float:
     return 1.0
 
 
-def measured(kernel: Any, form: str, shape: tuple[int, ...]) -> Row:
-    """One row."""
-    import attnpass
-    from attnpass.capture.dynamo import backend
+@dataclass(frozen=True)
+class Task:
+    """One kernel and one shape."""
 
-    batch, heads, length, width = shape
+    kernel: str
+    shape: tuple[int, ...]
+
+
+def prepare(task: Task) -> Callable[[], list[Row]]:
+    """Compiles all forms of mask."""
+    from attnpass.kernels import kernels
+
+    warnings.filterwarnings("ignore")
+    (kernel,) = (kernel for kernel in kernels() if kernel.name == task.kernel)
+    # a kernel that is given what a mask means has no argument for a tensor
+    forms = [form for form in MASKS if not (form == "tensor" and kernel.takes == "forms")]
+    batch, heads, length, width = task.shape
     torch.manual_seed(0)
     # heads beside one another in memory, as a model's projections leave them
     memory = (batch, length, heads, width)
     q, k, v = (torch.randn(memory, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     pad = torch.ones(batch, length, dtype=torch.bool, device="cuda")
-    torch._dynamo.reset()
+    ready = [compiled(kernel, form, (q, k, v, pad)) for form in forms]
+    torch.cuda.empty_cache()
+    return lambda: [measure() for measure in ready]
+
+
+def compiled(kernel: Any, form: str, given: tuple[Tensor, ...]) -> Callable[[], Row]:
+    """One form of mask, run once; what measures it."""
+    import attnpass
+    from attnpass.capture.dynamo import backend
+
     attnpass.reset()
     options = {"kernel": [kernel.name, "keep"], "allow_approximate": True}
     if kernel.takes != "functions":
         options["inner"] = "aot_eager"  # nothing is left to fuse
     attention = Attention(form)
     run = torch.compile(attention, backend=backend, options=options)
-    head = tuple(t[:1, :1].double() for t in (q, k, v))
-    row = Row(kernel.name, kernel.version(), form, shape, None, None, None)
+    q, k, v, pad = given
+    batch, heads, length, width = q.shape
+    row = Row(kernel.name, kernel.version(), form, tuple(q.shape), None, None, None)
     try:
         with torch.no_grad():
-            out = run(q, k, v, pad)
+            out = run(*given)
             (site,) = attnpass.report().sites
             if site.kernel != kernel.name:
                 verdict = next(v for v in site.verdicts if v.kernel == kernel.name)
                 texts = "; ".join(r.text for r in verdict.refusals) or (site.reason.text if site.reason else "")
-                return replace(row, note=texts)
-            true = attention(*head, pad[:1])
+                return lambda: replace(row, note=texts)
+            true = attention(*(t[:1, :1].double() for t in (q, k, v)), pad[:1])
             error = ((out[:1, :1].double() - true).norm() / true.norm()).item()
-            ms = median_ms(lambda: run(q, k, v, pad))
     except Exception as failure:  # a kernel that fails is a result too
-        return replace(row, note=f"failed: {type(failure).__name__}: {first_line(failure)[:160]}")
-    operations = 4 * batch * heads * length**2 * width * kept(form, length)
-    return replace(row, ms=ms, tflops=operations / ms / 1e9, error=error)
+        note = f"failed: {first_line(failure)[:200]}"
+        return lambda: replace(row, note=note)
+
+    def measure() -> Row:
+        with torch.no_grad():
+            ms = median_ms(lambda: run(*given))
+        operations = 4 * batch * heads * length**2 * width * kept(form, length)
+        return replace(row, ms=ms, tflops=operations / ms / 1e9, error=error)
+
+    return measure
 
 
-def rows(only: list[str] | None) -> Iterator[Row]:
+def rows(only: list[str] | None, jobs: int) -> Iterator[Row]:
     """All of them."""
     from attnpass.kernels import kernels
 
+    tasks: list[Task] = []
     for kernel in kernels():
         if "cuda" not in kernel.can.devices or (only and kernel.name not in only):
             continue
         missing = kernel.available()
         if missing is not None:
             yield Row(kernel.name, "", "", (), None, None, None, missing.text)
-            continue
-        for shape in SHAPES:
-            for form in MASKS:
-                if not (form == "tensor" and kernel.takes == "forms"):  # which has no argument for a tensor
-                    yield measured(kernel, form, shape)
+        else:
+            tasks += [Task(kernel.name, shape) for shape in SHAPES]
+    tasks.sort(key=lambda task: task.kernel != "flex")  # it takes longest to compile
+    for start in range(0, len(tasks), jobs):
+        for found in measured(prepare, tasks[start : start + jobs]):
+            task = found.task
+            failed = Row(task.kernel, "", "", task.shape, None, None, None, found.failure)
+            yield from found.results[0] if found.results else [failed]
 
 
 def bandwidth() -> float:
@@ -197,6 +231,7 @@ def text(rates: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", action="append", metavar="KERNEL", help="only this kernel (may be repeated)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path, nargs="?", const="", help="the rates, into attnpass/rates.json or FILE")
     asked = parser.parse_args()
@@ -209,7 +244,7 @@ def main() -> None:
     if asked.write is not None:
         old |= {"bytes_per_us": round(bandwidth()), "products_tflops": round(products())}
     found: list[Row] = []
-    for row in rows(asked.only):
+    for row in rows(asked.only, asked.jobs):
         found.append(row)
         speed = f"{row.ms:8.3f} ms {row.tflops:5.0f} TFLOP/s error {row.error:.1e}" if row.ms is not None else row.note
         print(f"{row.kernel:30} {row.form:7} {'x'.join(map(str, row.shape)):16} {speed}", flush=True)

@@ -150,7 +150,7 @@ def test_a_kernel_that_fails_is_left_out(monkeypatch: pytest.MonkeyPatch, tmp_pa
     def broken(part: autotune.Cut, site: object, compiled: bool) -> float:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(autotune, "_timed_in_thread", broken)
+    monkeypatch.setattr(autotune, "_timed_aside", broken)
     site = tuned(operands())
     assert site.replaced
     assert not any(v.timed for v in site.verdicts)

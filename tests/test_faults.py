@@ -164,7 +164,7 @@ POINTS = [
     Point("attnpass.pipeline:fastest_first", "autotune", whole=False),
     Point("attnpass.autotune:_path", "autotune", whole=False),
     Point("attnpass.autotune:cut", None),  # what cannot be timed is not chosen for its time
-    Point("attnpass.autotune:_timed_in_thread", None),
+    Point("attnpass.autotune:_timed_aside", None),
     Point("attnpass.pipeline:_carry_out", "rewrite"),
     Point("attnpass.pipeline:build", "rewrite", whole=False),
     Point("attnpass.emit:arrange", "rewrite", whole=False),

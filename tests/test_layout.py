@@ -19,7 +19,7 @@ LONGEST = 400
 ORDER: tuple[tuple[str, ...], ...] = (
     ("spec", "errors", "reasons", "names", "files"),
     ("ledger",),
-    ("graph", "shape_readers", "warn"),
+    ("graph", "shape_readers", "warn", "aside"),
     ("site",),
     ("policy", "spelling", "cost"),
     ("ambient", "demands"),

@@ -186,8 +186,8 @@ def assert_the_same(form: Attend, *, inner: str = "eager", device: str = "cpu", 
         inputs = tuple(x.to(device) for x in given(table))
         with torch.no_grad():
             mine, true = found(*inputs), form(*inputs)
-        for name, a, b in zip(WILD, mine, true, strict=True):
-            if form is two_biases and name == "all are low" and device == "cuda":
+        for name, a, b, slopes in zip(WILD, mine, true, table[:, 0].abs(), strict=True):
+            if form is two_biases and device == "cuda" and (slopes == -MIN).any():
                 continue  # the compiler's fused multiply-add holds a product that overflows in eager code
             torch.testing.assert_close(
                 a, b, rtol=1e-4, atol=atol, equal_nan=True, msg=lambda text, name=name: f"{name}: {text}"

@@ -12,7 +12,6 @@ ordinary ones (fake, distributed). Then there are no real values, and the sites 
 
 from __future__ import annotations
 
-import concurrent.futures
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,6 +22,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from attnpass.aside import aside
 from attnpass.capture.lower import Opaque, Shadow
 from attnpass.masks.writes import Writes
 from attnpass.trial import Real
@@ -64,8 +64,7 @@ def into(gm: GraphModule, inputs: Sequence[Any], path: str) -> list[Any] | None:
             real({call: operands}, lambda _, values: kept.extend(copied(values[node]) for node in operands))
 
     try:
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:  # nothing of the compilation around it is seen
-            pool.submit(run).result()
+        aside(run)
     except Exception:
         return None
     return kept

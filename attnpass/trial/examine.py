@@ -13,7 +13,6 @@ with the random number generators put back afterwards. Sites that are spelled al
 
 from __future__ import annotations
 
-import concurrent.futures
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
+from attnpass.aside import aside
 from attnpass.errors import first_line
 from attnpass.graph import State
 from attnpass.ledger import Trial
@@ -74,8 +74,7 @@ class Examiner:
 
     def __call__(self, graph: Graph, built: Sequence[Built]) -> dict[str, Tried]:
         """By the id of the site. Raises nothing: what goes wrong is why a site is untried."""
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            return pool.submit(_Examination(self, graph).run, built).result()
+        return aside(_Examination(self, graph).run, built)
 
 
 class _Examination:

@@ -418,7 +418,7 @@ COMPILED = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from attnpass.kernels.flash4 import _backward, _forward, _unlike_release
-from attnpass.kernels.flash_ops import Lengths, Plan
+from attnpass.kernels.flash_ops import Lengths, Plan, Saved
 
 assert _unlike_release() is None, _unlike_release()
 for left, right, softcap, packed in ((-1, 0, 0.0, False), (7, 3, 30.0, True)):
