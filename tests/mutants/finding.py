@@ -256,7 +256,7 @@ RECOGNIZE = (
         "layers.py",
         "        alive = b.call(aten.lt.Scalar, b.call(aten.abs.default, top), math.inf)",
         "        alive = b.call(aten.ne.Scalar, top, -math.inf)",
-        only("recognize/test_lost_scores.py", "data_may_hold"),
+        only("recognize/test_lost_scores.py", "rows_of_data"),
     ),
     Mutant(
         "a factor over keys leaves a row's number one number",

@@ -86,6 +86,26 @@ def test_data_may_hold_anything(bad: float, dtype: torch.dtype) -> None:
     assert site.replaced
 
 
+class Ordinary(torch.fx.Interpreter):
+    """As a kernel computes it that answers every query with numbers, which is up to the kernel and the processor."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        out = super().call_function(target, args, kwargs)
+        return out.nan_to_num() if "scaled_dot_product" in str(target) else out
+
+
+@pytest.mark.parametrize("bad", [INF, -INF])
+def test_infinite_rows_of_data_are_no_numbers_whatever_a_kernel_makes_of_them(bad: float) -> None:
+    bias = torch.zeros(8, 8)
+    bias[4] = bad
+    module, args = Attention(lambda s, bias: s + bias), (*given(torch.float32), bias)
+    program, report = attnpass.rewrite(export(module, args))
+    assert report.replaced == 1
+    mine, plain = Ordinary(program.module()).run(*args), module(*args)
+    assert torch.equal(mine.isnan(), plain.isnan())
+    assert mine[:, :, 4].isnan().all()
+
+
 @pytest.mark.parametrize("scale", [INF, -INF, math.nan])
 def test_a_scale_that_is_no_number_is_refused(scale: float) -> None:
     assert not rewritten(lambda s: s * scale, torch.bfloat16).replaced
