@@ -225,8 +225,8 @@ def main() -> None:
                 found.append(row)
                 figures = "" if row.ms is None else f"{row.ms:7.2f} ms {row.mib:6.0f} MiB error {row.error:.1e}"
                 print(f"{row.model:20} {row.attention:18} {row.compiler:19} {figures}  {row.note}", flush=True)
-            if asked.json:  # after each group: what was measured survives a limit of time
-                asked.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
+                if asked.json:  # after each row: what was measured survives a limit of time
+                    asked.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
 
 
 if __name__ == "__main__":

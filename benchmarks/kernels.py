@@ -99,27 +99,35 @@ def kept(form: str, length: int) -> float:
 
 @dataclass(frozen=True)
 class Task:
-    """One kernel and one shape."""
+    """One kernel and one shape, in some forms."""
 
     kernel: str
     shape: tuple[int, ...]
+    forms: tuple[str, ...]
+
+
+def tasks_of(kernel: Any) -> Iterator[Task]:
+    """What is compiled in one process each: a call for all forms, but for each a function takes its time."""
+    # a kernel that is given what a mask means has no argument for a tensor
+    forms = tuple(form for form in MASKS if not (form == "tensor" and kernel.takes == "forms"))
+    for shape in SHAPES:
+        for some in ((form,) for form in forms) if kernel.takes == "functions" else (forms,):
+            yield Task(kernel.name, shape, some)
 
 
 def prepare(task: Task) -> Callable[[], list[Row]]:
-    """Compiles all forms of mask."""
+    """Compiles the forms."""
     from attnpass.kernels import kernels
 
     warnings.filterwarnings("ignore")
     (kernel,) = (kernel for kernel in kernels() if kernel.name == task.kernel)
-    # a kernel that is given what a mask means has no argument for a tensor
-    forms = [form for form in MASKS if not (form == "tensor" and kernel.takes == "forms")]
     batch, heads, length, width = task.shape
     torch.manual_seed(0)
     # heads beside one another in memory, as a model's projections leave them
     memory = (batch, length, heads, width)
     q, k, v = (torch.randn(memory, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
     pad = torch.ones(batch, length, dtype=torch.bool, device="cuda")
-    ready = [compiled(kernel, form, (q, k, v, pad)) for form in forms]
+    ready = [compiled(kernel, form, (q, k, v, pad)) for form in task.forms]
     torch.cuda.empty_cache()
     return lambda: [measure() for measure in ready]
 
@@ -173,12 +181,12 @@ def rows(only: list[str] | None, jobs: int) -> Iterator[Row]:
         if missing is not None:
             yield Row(kernel.name, "", "", (), None, None, None, missing.text)
         else:
-            tasks += [Task(kernel.name, shape) for shape in SHAPES]
-    tasks.sort(key=lambda task: task.kernel != "flex")  # it takes longest to compile
+            tasks += tasks_of(kernel)
+    tasks.sort(key=lambda task: len(task.forms))  # those that take alike long side by side
     for start in range(0, len(tasks), jobs):
         for found in measured(prepare, tasks[start : start + jobs]):
             task = found.task
-            failed = Row(task.kernel, "", "", task.shape, None, None, None, found.failure)
+            failed = Row(task.kernel, "", ", ".join(task.forms), task.shape, None, None, None, found.failure)
             yield from found.results[0] if found.results else [failed]
 
 
@@ -251,8 +259,8 @@ def main() -> None:
         # after each row: what was measured survives a limit of time
         if asked.json:
             asked.json.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
-        if asked.write is not None:
-            (shipped if str(asked.write) in ("", ".") else asked.write).write_text(text(table(found, old)), "utf-8")
+    if asked.write is not None:
+        (shipped if str(asked.write) in ("", ".") else asked.write).write_text(text(table(found, old)), "utf-8")
 
 
 if __name__ == "__main__":
