@@ -18,6 +18,8 @@ from tests.models import torchvision_stub
 torchvision_stub.ensure()
 transformers = pytest.importorskip("transformers")
 
+# transformers 5.24 calls it cache, and older ones know no other name
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values. is deprecated:FutureWarning")
 BATCH, FIRST, STEPS, ROOM = 2, 6, 4, 32
 Step = Callable[..., Any]
 

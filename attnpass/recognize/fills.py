@@ -8,12 +8,15 @@ Each is a layer over the scores further in, with the number that softmax will se
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
+from attnpass.aside import aside
 from attnpass.errors import Refuse
 from attnpass.graph import dtype_text, same, tensor
 from attnpass.recognize import views
@@ -159,5 +162,22 @@ def floored(w: Walker, at: Inner) -> Inner:
         # what comes after it may make -inf of the lowest number again, or of any other
         raise Refuse("nonlinear_scores", at.node, op=f"{op_name(at.node)}, which is not the last step")
     source = w.read(at.node, scores)
-    floor = Floor(lowest, at_it=1.0 if op_name(at.node).startswith("clamp") else 0.5)
-    return at.step(source, w.place(at, source).layout, floor=floor)
+    at_it = share_at_a_bound(at.node.target, isinstance(least, Node), scores is a)
+    return at.step(source, w.place(at, source).layout, floor=Floor(lowest, at_it=at_it))
+
+
+@functools.cache
+def share_at_a_bound(op: Callable[..., torch.Tensor], tensor: bool, first: bool) -> float:
+    """How much of a gradient passes a score that lies at the bound it is clamped to.
+
+    Asked of torch itself: a clamp lets it through up to 2.13; from 2.14 on it stops it, or halves it as a maximum does.
+    """
+
+    def asked() -> float:
+        score = torch.zeros((), requires_grad=True)
+        bound = torch.zeros(()) if tensor else 0.0
+        x = score * 1  # which an operation in place may write to
+        (share,) = torch.autograd.grad(op(x, bound) if first else op(bound, x), score)
+        return share.item()
+
+    return aside(asked)  # a thread has no modes, whatever this one is in

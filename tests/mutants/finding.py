@@ -310,8 +310,8 @@ RECOGNIZE = (
     Mutant(
         "a maximum shares no gradient",
         "recognize/fills.py",
-        '1.0 if op_name(at.node).startswith("clamp") else 0.5',
-        "1.0",
+        "at_it = share_at_a_bound(at.node.target, isinstance(least, Node), scores is a)",
+        "at_it = 1.0",
         only("recognize/test_floors.py"),
     ),
 )
