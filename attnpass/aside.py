@@ -6,8 +6,8 @@
 
 Inductor compiles a backward when it is first needed, under the lock that Dynamo holds for the whole of a compilation.
 The thread that does so would wait for the compilation, and that for the work: for ever. So while the holder of the lock
-does nothing but wait, another lock stands in for it, for the work and for whatever runs a backward. Everybody else is
-kept out as before.
+does nothing but wait, another lock stands in for it, for the work and for whatever runs a backward (which thread of
+autograd's runs that of the work cannot be told). Everybody else is kept out as before.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _lent() -> Iterator[_Lent | None]:
     from torch._dynamo import convert_frame
 
     held: Any = getattr(convert_frame, "compile_lock", None)
-    if held is None or not held._is_owned():
+    is_owned = getattr(held, "_is_owned", None)  # of every reentrant lock of Python's
+    if is_owned is None or not is_owned():
         yield None
         return
     lent = _Lent(held)
