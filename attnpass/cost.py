@@ -4,9 +4,10 @@
     bytes / bandwidth                       below which no call comes, however few its operations
     + launches, the lists or packed keys that a mask needs, the repair of rows without a key
 
-Rates and bandwidth are in rates.json, measured by ``python -m benchmarks.kernels`` on the device that it names. Other
-GPUs are slower or faster in about the same proportion, and only the proportion matters; ``autotune`` measures on the
-spot. Nothing was measured of other devices: there the answer is None.
+Rates and bandwidth are in rates.json, measured by ``python -m benchmarks.kernels`` on the devices that it names. Others
+are slower or faster in about the same proportion, and only the proportion matters; ``autotune`` measures on the spot.
+On the CPU only calls that take a while are told: of those a function is taken where it is clearly faster, because that
+costs ten seconds of compiling. Nothing was measured of other devices: there the answer is None.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from attnpass.spec import AttentionSpec, MaskSpec, Size, is_causal
 
-_LAUNCH = 5.0  # one more small kernel
-_LISTS = 4 * _LAUNCH  # a site's share in making the lists of blocks, which sites of one mask have in common
+_LISTS = 4  # launches: a site's share in making the lists of blocks, which sites of one mask have in common
 _BLOCK = 128
-_REPAIRED = 3 * _LAUNCH  # rows without a key, answered afterwards
+_REPAIRED = 3  # launches: rows without a key, answered afterwards
+_LONG = 5e8  # operations of a call on the CPU that takes a while: some ten milliseconds
+_CLEARLY = 1.25  # how much faster a function has to be there: how CPUs compare with the one that was measured differs
 # What inductor moves for each score in code that is not fused: written by the first product, read and written by the
 # softmax, read by the second product, with a mask now and then. From two shapes on the H200 (14.5 and 16.5 bytes).
 _UNFUSED_BYTES = 15.0
@@ -45,96 +48,121 @@ class _Rates:
 
     bytes_per_us: float
     products: float  # operations per microsecond of a large product
+    launch: float  # microseconds of one more small kernel
     kernels: Mapping[str, _Kernel]
 
 
 @functools.cache
-def rates() -> _Rates:
-    """The table of measured rates."""
+def _measured() -> Mapping[str, _Rates]:
+    """The tables of measured rates, by device, or by device and dtype."""
     found = json.loads(resources.files("attnpass").joinpath("rates.json").read_text(encoding="utf-8"))
+    return {device: _read(table) for device, table in found.items()}
+
+
+def _read(table: Mapping[str, Any]) -> _Rates:
     kernels = {
         name: _Kernel(
             masks=known["masks"],
             tflops={form: {int(w): rate for w, rate in by_width.items()} for form, by_width in known["tflops"].items()},
         )
-        for name, known in found["kernels"].items()
+        for name, known in table["kernels"].items()
     }
-    return _Rates(bytes_per_us=found["bytes_per_us"], products=found["products_tflops"] * 1e6, kernels=kernels)
+    products = table["products_tflops"] * 1e6
+    return _Rates(bytes_per_us=table["bytes_per_us"], products=products, launch=table["launch_us"], kernels=kernels)
+
+
+def rates(spec: AttentionSpec) -> _Rates | None:
+    """What was measured of the device of this attention."""
+    known = _measured()
+    return known.get(f"{spec.device} {spec.dtype}") or known.get(spec.device)
 
 
 def rated_us(spec: AttentionSpec, kernel: str) -> float | None:
     """One call of a kernel that has been measured."""
-    known = rates().kernels.get(kernel)
-    if spec.device != "cuda" or known is None:
+    here = rates(spec)
+    known = here.kernels.get(kernel) if here else None
+    if here is None or known is None:
         return None
+    if spec.device != "cpu":
+        return _rated(spec, here, known)
+    function = known.masks == "blocks"
+    if _operations(spec) < _LONG or (function and spec.bias):  # T5's as a function took twice as long as its tensor
+        return None
+    return _rated(spec, here, known) * (_CLEARLY if function else 1.0)
+
+
+def _rated(spec: AttentionSpec, here: _Rates, known: _Kernel) -> float:
     if known.masks == "tensor":
-        return _by_tensor(spec, known)
+        return _by_tensor(spec, here, known)
     share = _kept(spec)
     # blocks that the edge of the mask cuts are computed whole
     edge = 0.0 if is_causal(spec) or spec.mask.empty else _BLOCK / _number(spec.keys, _LENGTH)
     extra = 0.0
     if known.masks == "blocks" and not spec.mask.empty:
-        extra, edge = _LISTS, _BLOCK / _number(spec.keys, _LENGTH)
+        extra, edge = _LISTS * here.launch, _BLOCK / _number(spec.keys, _LENGTH)
     elif spec.mask.key_padding:
-        extra = 4 * _LAUNCH + 2 * _bytes(spec) / rates().bytes_per_us  # keys and values are moved together
+        extra = 4 * here.launch + 2 * _bytes(spec) / here.bytes_per_us  # keys and values are moved together
     if spec.sink or spec.empty_rows != "impossible":
-        extra += _LAUNCH
+        extra += here.launch
     share = min(1.0, share + edge)
     if known.masks == "blocks" and spec.bias:
         # No rate of a bias that is a function was measured (T5's takes a logarithm and a read for each score). It is
         # taken to cost what a tensor costs, so that nothing but the blocks left out speaks for the function: T5's
         # encoder stays with the tensor at any length.
-        return _by_tensor(spec, rates().kernels["native"]) * share + extra
+        return _by_tensor(spec, here, here.kernels["native"]) * share + extra
     bounded = spec.mask.causal is not None or spec.mask.window is not None
-    return _time(spec, known, "causal" if bounded else "full", share) + extra
+    return _time(spec, here, known, "causal" if bounded else "full", share) + extra
 
 
 def unfused_us(spec: AttentionSpec) -> float | None:
     """The original's own operations, as a compiler leaves them: products, and scores in memory."""
-    if spec.device != "cuda":
+    here = rates(spec)
+    if spec.device != "cuda" or here is None:
         return None
     bytes_ = _scores(spec) * _UNFUSED_BYTES * (2 if spec.dtype == "float32" else 1) + _bytes(spec)
-    return _operations(spec) / rates().products + bytes_ / rates().bytes_per_us + _copies(spec) + 3 * _LAUNCH
+    return _operations(spec) / here.products + bytes_ / here.bytes_per_us + _copies(spec, here) + 3 * here.launch
 
 
-def _by_tensor(spec: AttentionSpec, known: _Kernel) -> float:
+def _by_tensor(spec: AttentionSpec, here: _Rates, known: _Kernel) -> float:
     """A kernel that is given every mask but a causal one as a tensor, and computes all scores."""
     if is_causal(spec):
-        return _time(spec, known, "causal", _kept(spec))
+        return _time(spec, here, known, "causal", _kept(spec))
     if spec.mask.empty and not spec.bias:
-        return _time(spec, known, "full", 1.0)
+        return _time(spec, here, known, "full", 1.0)
     # A mask over keys alone is read from the cache. Its rate is that of a padded BERT of 512 tokens, where flex was
     # slower (4.19 ms for four layers, 3.95 so); at 16384 tokens it is 270, and that of flex 330.
     keys_alone = spec.mask == MaskSpec(key_padding=True) and not spec.bias
-    return _time(spec, known, "keys" if keys_alone else "tensor", 1.0) + _copies(spec) + _repairs(spec)
+    return (
+        _time(spec, here, known, "keys" if keys_alone else "tensor", 1.0) + _copies(spec, here) + _repairs(spec, here)
+    )
 
 
-def _copies(spec: AttentionSpec) -> float:
+def _copies(spec: AttentionSpec, here: _Rates) -> float:
     """Heads of k and v that are repeated, for a product or for a kernel that has no masks beside shared heads: written
     and read again. Next to nothing for a long prompt, most of the time for one token behind a long cache.
     """
     if spec.groups == 1:
         return 0.0
-    return 2 * spec.groups * (_size(spec, spec.k) + _size(spec, spec.v)) / rates().bytes_per_us
+    return 2 * spec.groups * (_size(spec, spec.k) + _size(spec, spec.v)) / here.bytes_per_us
 
 
-def _repairs(spec: AttentionSpec) -> float:
+def _repairs(spec: AttentionSpec, here: _Rates) -> float:
     """Rows without a key: one more look at the mask, and at the queries or at the result."""
     if spec.empty_rows == "impossible":
         return 0.0
     masks = 0.0
     if spec.mask != MaskSpec(key_padding=True):
-        masks = _scores(spec) / _number(spec.q[1], 1) / rates().bytes_per_us
+        masks = _scores(spec) / _number(spec.q[1], 1) / here.bytes_per_us
     if spec.empty_rows == "mean" and not spec.grad:
-        return _LAUNCH + masks  # queries of zero, in whatever made the queries
-    return _REPAIRED + masks
+        return here.launch + masks  # queries of zero, in whatever made the queries
+    return _REPAIRED * here.launch + masks
 
 
-def _time(spec: AttentionSpec, known: _Kernel, form: str, share: float) -> float:
+def _time(spec: AttentionSpec, here: _Rates, known: _Kernel, form: str, share: float) -> float:
     by_width = next(known.tflops[name] for name in (form, "causal", "full") if name in known.tflops)
     width = max(_number(spec.qk_width, 64), _number(spec.v_width, 64))
     nearest = min(by_width, key=lambda w: (w < width, abs(w - width)))
-    return max(_operations(spec) * share / (by_width[nearest] * 1e6), _bytes(spec) / rates().bytes_per_us) + _LAUNCH
+    return max(_operations(spec) * share / (by_width[nearest] * 1e6), _bytes(spec) / here.bytes_per_us) + here.launch
 
 
 def _operations(spec: AttentionSpec) -> float:

@@ -1,17 +1,18 @@
 """Every kernel that can run here, through the pass: TFLOP/s and error of attention alone, by form of mask and width.
 
-    python -m benchmarks.kernels [--only KERNEL ...] [--jobs 16] [--json FILE] [--write]
+    python -m benchmarks.kernels [--device cuda] [--only KERNEL ...] [--jobs 16] [--json FILE] [--write]
 
 The attention is hand-written code, compiled with the pass and one kernel asked for; what the kernel refuses is a line
-with the reason. Times are medians of CUDA events, operations are counted on the scores that the mask keeps, errors are
-relative to float64 and of one head. Many are compiled side by side, and measured one at a time (benchmarks/apart.py).
-`--write` puts the rates into attnpass/rates.json, from which the pass chooses.
+with the reason. Times are medians (on a GPU of CUDA events), operations are counted on the scores that the mask keeps,
+errors are relative to float64 and of one head. For a GPU many are compiled side by side, and measured one at a time
+(benchmarks/apart.py). `--write` puts the rates into attnpass/rates.json, from which the pass chooses.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -29,8 +30,13 @@ from attnpass.errors import first_line
 from benchmarks.apart import measured
 from benchmarks.timing import median_ms
 
-WINDOW = 1024
-SHAPES = ((4, 32, 4096, 128), (1, 16, 16384, 64), (2, 8, 4096, 256))
+SHAPES = {
+    "cuda": ((4, 32, 4096, 128), (1, 16, 16384, 64), (2, 8, 4096, 256)),
+    "cpu": ((1, 8, 2048, 64), (1, 8, 1024, 128)),
+}
+DTYPES = {"cuda": ("bfloat16",), "cpu": ("float32", "bfloat16")}
+LAUNCH_US = {"cuda": 5.0, "cpu": 50.0}  # taken to be the cost of one more small operation
+CHOSEN = {"cpu": ("native", "flex")}  # the kernels that are chosen there by what they cost
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Row:
     kernel: str
     version: str
     form: str
+    dtype: str
     shape: tuple[int, ...]
     ms: float | None
     tflops: float | None
@@ -58,7 +65,12 @@ def causal(x: Tensor, pad: Tensor) -> Tensor:
 
 
 def window(x: Tensor, pad: Tensor) -> Tensor:
-    return (distance(x) >= 0) & (distance(x) < WINDOW)
+    return (distance(x) >= 0) & (distance(x) < wide(x.shape[-1]))
+
+
+def wide(length: int) -> int:
+    """The window."""
+    return min(1024, length // 4)
 
 
 def keys(x: Tensor, pad: Tensor) -> Tensor:
@@ -93,7 +105,7 @@ def kept(form: str, length: int) -> float:
     if form == "causal":
         return (length + 1) / (2 * length)
     if form == "window":
-        return sum(min(i + 1, WINDOW) for i in range(length)) / length**2
+        return sum(min(i + 1, wide(length)) for i in range(length)) / length**2
     return 1.0
 
 
@@ -102,17 +114,19 @@ class Task:
     """One kernel and one shape, in some forms."""
 
     kernel: str
+    device: str
+    dtype: str
     shape: tuple[int, ...]
     forms: tuple[str, ...]
 
 
-def tasks_of(kernel: Any) -> Iterator[Task]:
+def tasks_of(kernel: Any, device: str) -> Iterator[Task]:
     """What is compiled in one process each: a call for all forms, but for each a function takes its time."""
     # a kernel that is given what a mask means has no argument for a tensor
     forms = tuple(form for form in MASKS if not (form == "tensor" and kernel.takes == "forms"))
-    for shape in SHAPES:
+    for dtype, shape in itertools.product(DTYPES[device], SHAPES[device]):
         for some in ((form,) for form in forms) if kernel.takes == "functions" else (forms,):
-            yield Task(kernel.name, shape, some)
+            yield Task(kernel.name, device, dtype, shape, some)
 
 
 def prepare(task: Task) -> Callable[[], list[Row]]:
@@ -125,8 +139,9 @@ def prepare(task: Task) -> Callable[[], list[Row]]:
     torch.manual_seed(0)
     # heads beside one another in memory, as a model's projections leave them
     memory = (batch, length, heads, width)
-    q, k, v = (torch.randn(memory, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3))
-    pad = torch.ones(batch, length, dtype=torch.bool, device="cuda")
+    like = {"device": task.device, "dtype": getattr(torch, task.dtype)}
+    q, k, v = (torch.randn(memory, **like).transpose(1, 2) for _ in range(3))
+    pad = torch.ones(batch, length, dtype=torch.bool, device=task.device)
     ready = [compiled(kernel, form, (q, k, v, pad)) for form in task.forms]
     torch.cuda.empty_cache()
     return lambda: [measure() for measure in ready]
@@ -145,7 +160,8 @@ def compiled(kernel: Any, form: str, given: tuple[Tensor, ...]) -> Callable[[], 
     run = torch.compile(attention, backend=backend, options=options)
     q, k, v, pad = given
     batch, heads, length, width = q.shape
-    row = Row(kernel.name, kernel.version(), form, tuple(q.shape), None, None, None)
+    dtype = str(q.dtype).removeprefix("torch.")
+    row = Row(kernel.name, kernel.version(), form, dtype, tuple(q.shape), None, None, None)
     try:
         with torch.no_grad():
             out = run(*given)
@@ -162,105 +178,121 @@ def compiled(kernel: Any, form: str, given: tuple[Tensor, ...]) -> Callable[[], 
 
     def measure() -> Row:
         with torch.no_grad():
-            ms = median_ms(lambda: run(*given))
+            ms = median_ms(lambda: run(*given), q.device.type)
         operations = 4 * batch * heads * length**2 * width * kept(form, length)
         return replace(row, ms=ms, tflops=operations / ms / 1e9, error=error)
 
     return measure
 
 
-def rows(only: list[str] | None, jobs: int) -> Iterator[Row]:
+def rows(device: str, only: list[str] | None, jobs: int) -> Iterator[Row]:
     """All of them."""
     from attnpass.kernels import kernels
 
     tasks: list[Task] = []
     for kernel in kernels():
-        if "cuda" not in kernel.can.devices or (only and kernel.name not in only):
+        asked = only or CHOSEN.get(device)
+        if device not in kernel.can.devices or (asked and kernel.name not in asked):
             continue
         missing = kernel.available()
         if missing is not None:
-            yield Row(kernel.name, "", "", (), None, None, None, missing.text)
+            yield Row(kernel.name, "", "", "", (), None, None, None, missing.text)
         else:
-            tasks += tasks_of(kernel)
+            tasks += tasks_of(kernel, device)
     tasks.sort(key=lambda task: len(task.forms))  # those that take alike long side by side
     for start in range(0, len(tasks), jobs):
         for found in measured(prepare, tasks[start : start + jobs]):
             task = found.task
-            failed = Row(task.kernel, "", ", ".join(task.forms), task.shape, None, None, None, found.failure)
+            forms = ", ".join(task.forms)
+            failed = Row(task.kernel, "", forms, task.dtype, task.shape, None, None, None, found.failure)
             yield from found.results[0] if found.results else [failed]
 
 
-def bandwidth() -> float:
+def bandwidth(device: str) -> float:
     """Bytes per microsecond of a large copy."""
-    x = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    x = torch.empty(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
     y = torch.empty_like(x)
-    return 2 * x.numel() / (median_ms(lambda: y.copy_(x)) * 1e3)
+    return 2 * x.numel() / (median_ms(lambda: y.copy_(x), device) * 1e3)
 
 
-def products() -> float:
+def products(device: str, dtype: str) -> float:
     """TFLOP/s of the products of one attention, whose results lie in memory."""
-    q, k = (torch.randn(128, 4096, 128, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    return 2 * 128 * 4096**2 * 128 / median_ms(lambda: q @ k.mT) / 1e9
+    batch, length = (128, 4096) if device == "cuda" else (8, 1024)
+    q, k = (torch.randn(batch, length, 128, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    return 2 * batch * length**2 * 128 / median_ms(lambda: q @ k.mT, device) / 1e9
 
 
-def table(found: list[Row], old: dict[str, Any]) -> dict[str, Any]:
-    """rates.json, with what was measured in place of what was there."""
+def table(found: list[Row], old: dict[str, Any], device: str, dtype: str) -> dict[str, Any]:
+    """What rates.json says of a device, with what was measured in place of what was there."""
     masks = {"tensor": "tensor", "functions": "blocks", "forms": "bounds"}
     from attnpass.kernels import kernels
 
-    out = dict(old["kernels"])
+    out = dict(old.get("kernels", {}))
     kept = {name: {"keys": k["tflops"]["keys"]} for name, k in out.items() if "keys" in k["tflops"]}
     for kernel in kernels():
         tflops: dict[str, dict[str, float]] = {}
         for row in found:
             # a window is expected from the rate of a causal mask: it depends on how wide it is; masks over keys alone
             # are those of short sequences (cost.py)
-            if row.kernel == kernel.name and row.tflops is not None and row.form not in ("window", "keys"):
-                tflops.setdefault(row.form, {})[str(row.shape[-1])] = round(row.tflops)
+            if (row.kernel, row.dtype) == (kernel.name, dtype) and row.tflops and row.form not in ("window", "keys"):
+                tflops.setdefault(row.form, {})[str(row.shape[-1])] = digits(row.tflops)
         if tflops:
             out[kernel.name] = {"masks": masks[kernel.takes], "tflops": {**tflops, **kept.get(kernel.name, {})}}
     day = datetime.datetime.now(tz=datetime.UTC).date()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     return {
-        "device": torch.cuda.get_device_name(),
-        "measured": f"{day}, torch {torch.__version__}, bfloat16",
-        "bytes_per_us": old["bytes_per_us"],
-        "products_tflops": old["products_tflops"],
+        "device": name,
+        "measured": f"{day}, torch {torch.__version__}, {dtype}",
+        "bytes_per_us": round(bandwidth(device)),
+        "products_tflops": digits(products(device, dtype)),
+        "launch_us": LAUNCH_US[device],
         "kernels": dict(sorted(out.items())),
     }
 
 
-def text(rates: dict[str, Any]) -> str:
+def digits(x: float) -> float:
+    """Three of them."""
+    return float(f"{x:.3g}")
+
+
+def text(sections: dict[str, dict[str, Any]]) -> str:
     """One line for each kernel."""
-    head = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in rates.items() if k != "kernels")
-    lines = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in rates["kernels"].items())
-    return f'{{\n{head},\n  "kernels": {{\n{lines}\n  }}\n}}\n'
+    parts = []
+    for name, rates in sections.items():
+        head = ",\n".join(f"    {json.dumps(k)}: {json.dumps(v)}" for k, v in rates.items() if k != "kernels")
+        lines = ",\n".join(f"      {json.dumps(k)}: {json.dumps(v)}" for k, v in rates["kernels"].items())
+        parts.append(f'  {json.dumps(name)}: {{\n{head},\n    "kernels": {{\n{lines}\n    }}\n  }}')
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--device", choices=sorted(SHAPES), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--only", action="append", metavar="KERNEL", help="only this kernel (may be repeated)")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
+    parser.add_argument("--jobs", type=int, help="processes that compile side by side (on the CPU 1)")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--write", type=Path, nargs="?", const="", help="the rates, into attnpass/rates.json or FILE")
     asked = parser.parse_args()
-    if not torch.cuda.is_available():
-        parser.error("needs a CUDA device")
+    if asked.device == "cuda" and not torch.cuda.is_available():
+        parser.error("there is no CUDA device")
     warnings.filterwarnings("ignore")
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    shipped = Path(str(resources.files("attnpass").joinpath("rates.json")))
-    old = json.loads(shipped.read_text(encoding="utf-8"))
-    if asked.write is not None:
-        old |= {"bytes_per_us": round(bandwidth()), "products_tflops": round(products())}
+    print(f"{asked.device}, torch {torch.__version__}")
     found: list[Row] = []
-    for row in rows(asked.only, asked.jobs):
+    jobs = asked.jobs or (os.cpu_count() if asked.device == "cuda" else None) or 1
+    for row in rows(asked.device, asked.only, jobs):
         found.append(row)
-        speed = f"{row.ms:8.3f} ms {row.tflops:5.0f} TFLOP/s error {row.error:.1e}" if row.ms is not None else row.note
-        print(f"{row.kernel:30} {row.form:7} {'x'.join(map(str, row.shape)):16} {speed}", flush=True)
+        speed = f"{row.ms:8.3f} ms {row.tflops:5.3g} TFLOP/s error {row.error:.1e}" if row.ms is not None else row.note
+        print(f"{row.kernel:30} {row.form:7} {row.dtype:9} {'x'.join(map(str, row.shape)):16} {speed}", flush=True)
         # after each row: what was measured survives a limit of time
         if asked.json:
             asked.json.write_text(json.dumps([asdict(row) for row in found], indent=1) + "\n")
     if asked.write is not None:
-        (shipped if str(asked.write) in ("", ".") else asked.write).write_text(text(table(found, old)), "utf-8")
+        shipped = Path(str(resources.files("attnpass").joinpath("rates.json")))
+        sections = json.loads(shipped.read_text(encoding="utf-8"))
+        for dtype in DTYPES[asked.device]:
+            section = asked.device if len(DTYPES[asked.device]) == 1 else f"{asked.device} {dtype}"
+            sections[section] = table(found, sections.get(section, {}), asked.device, dtype)
+        (shipped if str(asked.write) in ("", ".") else asked.write).write_text(text(sections), "utf-8")
 
 
 if __name__ == "__main__":

@@ -353,9 +353,12 @@ def spec(
     mask: MaskSpec = NOTHING, *, length: int = 4096, batch: int = 2, width: int = 128, **more: Any
 ) -> AttentionSpec:
     shape = (batch, 16, length, width)
-    return AttentionSpec(
-        q=shape, k=shape, v=shape, dtype="bfloat16", device=more.pop("device", "cuda"), scale=0.1, mask=mask, **more
-    )
+    whole = {"dtype": "bfloat16", "device": "cuda", **more}
+    return AttentionSpec(q=shape, k=shape, v=shape, scale=0.1, mask=mask, **whole)
+
+
+def on_cpu(mask: MaskSpec = NOTHING, *, length: int = 2048, dtype: str = "float32", **more: Any) -> AttentionSpec:
+    return spec(mask, length=length, batch=1, width=64, device="cpu", dtype=dtype, **more)
 
 
 @pytest.mark.parametrize(
@@ -373,6 +376,13 @@ def spec(
         ("native", spec(bias=(TABLE,), empty_rows=EmptyRow.NAN, length=512, batch=16, width=64)),
         ("native", spec(bias=(TABLE,), empty_rows=EmptyRow.NAN, length=8192, batch=1, width=64)),
         ("flex", spec(MaskSpec(causal=0), bias=(TABLE,), length=2048)),
+        ("native", on_cpu()),
+        ("native", on_cpu(MaskSpec(causal=0))),
+        ("native", on_cpu(MaskSpec(key_padding=True))),
+        ("flex", on_cpu(MaskSpec(causal=0, window=(255, None)))),
+        ("flex", on_cpu(MaskSpec(causal=0, window=(255, None)), dtype="bfloat16")),
+        ("flex", on_cpu(MaskSpec(causal=0, key_padding=True))),
+        ("native", on_cpu(MaskSpec(causal=0, key_padding=True), dtype="bfloat16")),
     ],
 )
 def test_the_cheaper_kernel(wanted: str, asked: AttentionSpec) -> None:
@@ -381,11 +391,23 @@ def test_the_cheaper_kernel(wanted: str, asked: AttentionSpec) -> None:
     assert min(costs, key=lambda name: costs[name] or 0.0) == wanted
 
 
-def test_nothing_is_said_of_devices_that_were_not_measured() -> None:
-    assert rated_us(spec(device="cpu"), "native") is None
-    assert rated_us(spec(device="mps"), "flex") is None
-    assert rated_us(spec(), "a kernel that nobody measured") is None
-    assert unfused_us(spec(device="cpu")) is None
+@pytest.mark.parametrize(
+    ("kernel", "asked"),
+    [
+        ("flex", spec(device="mps")),
+        ("a kernel that nobody measured", spec()),
+        ("native", on_cpu(dtype="float16")),
+        ("native", on_cpu(length=128)),  # compiling would take longer than ever is saved
+        ("flex", on_cpu(MaskSpec(causal=0), bias=(TABLE,))),
+    ],
+)
+def test_nothing_is_said_of_what_was_not_measured(kernel: str, asked: AttentionSpec) -> None:
+    assert rated_us(asked, kernel) is None
+
+
+def test_the_original_is_measured_on_gpus_only() -> None:
+    assert unfused_us(spec()) is not None
+    assert unfused_us(on_cpu()) is None
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------------
@@ -396,6 +418,20 @@ def test_a_window_and_a_soft_cap_through_inductor() -> None:
     fast = torch.compile(copy.deepcopy(module), backend=backend, fullgraph=True)
     assert not held_to_float64(module, given, fast, grad=False)
     assert [site.kernel for site in attnpass.report().sites] == ["flex"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("window", "kernel"), [(100, "flex"), (900, "native")])
+def test_on_the_cpu_a_long_sequence_with_a_narrow_window_is_given_as_a_function(window: int, kernel: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i, j = grid(q, k)
+        return weighted(masked(scores(q, k), (j <= i) & (j > i - window)), v, q)
+
+    given = inputs(1024, 64)[:3]
+    with torch.no_grad():
+        out = torch.compile(attention, backend=backend, fullgraph=True)(*given)
+        torch.testing.assert_close(out, attention(*given))
+    assert [site.kernel for site in attnpass.report().sites] == [kernel]
 
 
 @pytest.mark.slow
