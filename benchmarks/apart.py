@@ -9,6 +9,7 @@ meanwhile; and a group is measured in rounds, so that whatever slows the machine
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +65,8 @@ class _Child(Generic[Task, Result]):
 
     def tell(self) -> None:
         if not self.failure:
-            self._connection.send(None)
+            with contextlib.suppress(ConnectionError):  # it has ended while it waited: hear() finds out
+                self._connection.send(None)
 
     def hear(self) -> list[Result]:
         if self.failure:
