@@ -16,11 +16,12 @@ import functools
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
-from attnpass.spec import AttentionSpec, MaskSpec, Size, is_causal
+from attnpass.names import NATIVE
+from attnpass.spec import AttentionSpec, EmptyRow, MaskSpec, Size, is_causal
 
 _LISTS = 4  # launches: a site's share in making the lists of blocks, which sites of one mask have in common
 _BLOCK = 128
@@ -109,9 +110,20 @@ def _rated(spec: AttentionSpec, here: _Rates, known: _Kernel) -> float:
         # No rate of a bias that is a function was measured (T5's takes a logarithm and a read for each score). It is
         # taken to cost what a tensor costs, so that nothing but the blocks left out speaks for the function: T5's
         # encoder stays with the tensor at any length.
-        return _by_tensor(spec, here, here.kernels["native"]) * share + extra
-    bounded = spec.mask.causal is not None or spec.mask.window is not None
-    return _time(spec, here, known, "causal" if bounded else "full", share) + extra
+        return _by_tensor(spec, here, here.kernels[NATIVE]) * share + extra
+    return _time(spec, here, known, _form(spec), share) + extra
+
+
+def _form(spec: AttentionSpec) -> str:
+    """The form of mask whose rate is nearest for a kernel that leaves out what a mask takes away."""
+    if spec.mask.dense:  # a function whose blocks are all looked at pair by pair
+        return "tensor"
+    return "causal" if spec.mask.causal is not None or spec.mask.window is not None else "full"
+
+
+def called_us(spec: AttentionSpec) -> float | None:
+    """A fused call that is there already, as it is: rows without a key it answers by itself."""
+    return rated_us(replace(spec, empty_rows=EmptyRow.IMPOSSIBLE), NATIVE)
 
 
 def unfused_us(spec: AttentionSpec) -> float | None:

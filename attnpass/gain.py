@@ -8,16 +8,19 @@
 
 Nothing else counts: the same call in other words is left alone, so a rewritten graph is not rewritten again.
 
-What a call answers for a query without any key differs between torch's own kernels (0, NaN or the mean, by the
-spelling of the mask, the device and the direction). So unless it is proved that there is none, the mask has to stay
-the very tensor that it is, and the call must be one for which torch takes the same kernel as before.
+What a call answers for a query without any key differs between torch's own kernels where the mask is added (0, NaN or
+the mean, by the number, the device and the direction). So unless it is proved that there is none, such a mask has to
+stay the very tensor that it is, and the call must be one for which torch takes the same kernel as before. For a boolean
+mask torch has laid it down: zeros, and no gradient (pytorch#133882). All of its kernels keep to that but cuDNN's, so a
+kernel that is told what the mask means may answer so too; where torch may have taken cuDNN's, the site says so
+(DEFINED, recognize/existing.py).
 """
 
 from __future__ import annotations
 
 from torch.fx import Node
 
-from attnpass.cost import rated_us
+from attnpass.cost import called_us
 from attnpass.graph import is_one, same, tensor
 from attnpass.kernels import Kernel
 from attnpass.kernels.native import Native
@@ -38,10 +41,11 @@ def gained(proved: Proved, kernel: Kernel, *, named: bool = False) -> bool:
     spec, args = site.spec, bound(site.anchor)
     mask = args["attn_mask"]
     sure = site.rows is EmptyRow.IMPOSSIBLE
+    # what is expressed leaves every query a key or is a boolean mask (prove.py): then such rows are answered (emit.py)
     if kernel.takes == "functions":
-        return mask is not None and sure and (named or (proved.structured and _faster(kernel, spec)))
+        return mask is not None and proved.expressed and (named or (proved.structured and _faster(kernel, spec)))
     if kernel.takes == "forms":
-        return sure and proved.expressed and (named or _faster(kernel, spec))
+        return proved.expressed and (named or _faster(kernel, spec))
     if mask is not None and (proved.unmasked or (kernel.can.causal and proved.causal)):
         return sure
     # the mask goes to the kernel as it is: not in a narrower dtype, nor q, k and v in a wider one
@@ -54,7 +58,7 @@ def gained(proved: Proved, kernel: Kernel, *, named: bool = False) -> bool:
 
 
 def _faster(kernel: Kernel, spec: AttentionSpec) -> bool:
-    here, there = rated_us(spec, "native"), kernel.cost(spec)
+    here, there = called_us(spec), kernel.cost(spec)
     return here is not None and there is not None and there < here
 
 

@@ -20,13 +20,12 @@ from torch.fx import Graph, Node
 
 from attnpass.autotune import fastest_first
 from attnpass.choose import Choice, choose
-from attnpass.cost import rated_us, unfused_us
+from attnpass.cost import called_us, unfused_us
 from attnpass.emit import build
 from attnpass.errors import Refuse, first_line
 from attnpass.graph import Shared, State, tensor, where
 from attnpass.kernels import Kernel
 from attnpass.ledger import Decision, Failure, Miss, Saves, Verdict
-from attnpass.names import NATIVE
 from attnpass.policy import Policy
 from attnpass.prove import WAIVED, Proved, prove, waive
 from attnpass.reasons import Reason, reason
@@ -272,7 +271,7 @@ def _done(decision: Decision, site: Site, kernel: Kernel) -> Decision:
 
 def _saved_us(site: Site, verdicts: Sequence[Verdict], kernel: Kernel) -> float | None:
     """Microseconds that one forward call is expected to save."""
-    now = rated_us(site.spec, NATIVE) if site.existing_call else unfused_us(site.spec)
+    now = called_us(site.spec) if site.existing_call else unfused_us(site.spec)
     cost = next((v.cost_us for v in verdicts if v.kernel == kernel.name and not v.timed), None)
     return None if now is None or cost is None else now - cost
 

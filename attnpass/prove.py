@@ -34,7 +34,7 @@ from attnpass.masks.logic import TooLarge
 from attnpass.masks.settled import Settled
 from attnpass.masks.thin import thinnest
 from attnpass.reasons import Reason, reason
-from attnpass.recognize.existing import LAYOUT
+from attnpass.recognize.existing import DEFINED, LAYOUT
 from attnpass.recognize.gradients import asked
 from attnpass.recognize.meaning import NO_GRADIENT
 from attnpass.site import Add, Fill, Layer, Placed, Site
@@ -140,7 +140,7 @@ def _prove(site: Site, masks: Masks, settled: Settled, held: frozenset[str]) -> 
     return Proved(site=site, proof=proof, expressed=rows is not None, while_tame=while_tame, steps=steps, held=relied)
 
 
-_OF_ROWS = (NO_GRADIENT, LAYOUT)  # assumptions about queries without any key
+_OF_ROWS = (NO_GRADIENT, LAYOUT, DEFINED)  # assumptions about queries without any key
 WAIVED = "what a query without any key gets does not matter (empty_rows='dont_care')"
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnpass
 from attnpass import choose
@@ -20,6 +21,7 @@ from attnpass.kernels.flash import Flash
 from attnpass.kernels.flash3 import Flash3
 from attnpass.kernels.flex import Flex
 from attnpass.kernels.native import Native
+from attnpass.recognize.existing import DEFINED
 from tests.flex_cases import Attention, Case, causal, inputs
 from tests.kernels.alone import PADDED
 from tests.test_symbolic_caps import CAPS, Capped
@@ -107,28 +109,55 @@ def test_symbolic_caps(name: str, grad: bool) -> None:
     assert isinstance(attnpass.report().sites[0].spec.softcap, str)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("batch", [2, 5])
-def test_decoding_behind_a_long_static_cache(batch: int) -> None:
+def test_decoding_behind_a_long_static_cache(batch: int, attention: str) -> None:
     """Heads are shared, not copied, and one graph serves all steps."""
     from benchmarks.models import Model, decoder, tokens
 
     shape = Model("LlamaConfig", decoder(512, 512, 8, 2, use_cache=True), dict, cache=32768)
     torch.manual_seed(0)
-    eager = shape.build("eager").cuda().bfloat16().eval()
+    plain = shape.build(attention).cuda().bfloat16().eval()
     given = {"input_ids": tokens(batch, 1).cuda()}
-    exact = copy.deepcopy(eager).double()
-    caches = [shape.state(model, given) for model in (eager, eager, exact)]
-    step = torch.compile(eager, backend=backend)
+    exact = copy.deepcopy(plain).double()
+    caches = [shape.state(model, given) for model in (plain, plain, exact)]
+    step = torch.compile(plain, backend=backend)
     with torch.no_grad():
         for _ in range(3):
-            plain, mine, true = (
+            theirs, mine, true = (
                 model(**given, **cache).last_hidden_state.double()
-                for model, cache in zip((eager, step, exact), caches, strict=True)
+                for model, cache in zip((plain, step, exact), caches, strict=True)
             )
-            assert (mine - true).norm() <= 2 * (plain - true).norm()
+            assert (mine - true).norm() <= 2 * (theirs - true).norm()
     sites = attnpass.report().sites
     assert {site.kernel for site in sites} == {"flex"}
     assert len(sites) == 4
+
+
+class Called(nn.Module):
+    """A window over padded keys, as the boolean mask of a call: queries on the padding have no key."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        at = torch.arange(q.shape[2], device=q.device)
+        near = (at[:, None] >= at) & (at[:, None] - at < 256)
+        return F.scaled_dot_product_attention(q, k, v, near & pad[:, None, None, :], enable_gqa=True)
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
+def test_a_boolean_mask_leaves_zeros_where_a_query_has_no_key(grad: bool) -> None:
+    """As torch lays down, and as its other kernels answer; cuDNN's, which it takes here, does not."""
+    module, given = Called(), on_cuda(4096, grad=grad)[:4]
+    call = torch.compile(module, backend=backend, options={"verify": True})
+    with torch.set_grad_enabled(grad):
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+            plain, true = run(module, given, grad=grad), truth(module, given, grad=grad)
+        assert not complaints(run(module, given, call=call, grad=grad), plain, true, floors=FLOORS)
+    (site,) = attnpass.report().sites
+    assert site.kernel == "flex"
+    assert site.assumptions == (DEFINED,)
+    assert site.trials
+    for found in (plain, true):
+        assert not found.tensors["output 0"][0, :, :37].any()
 
 
 class HeadsInnermost(nn.Module):

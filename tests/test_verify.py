@@ -18,7 +18,7 @@ import attnpass
 from attnpass import cli
 from attnpass.ledger import Decision, Report
 from attnpass.spec import AttentionSpec
-from attnpass.trial import CLEAN
+from attnpass.trial import CLEAN, examine
 from attnpass.trial.inputs import HUGE, MASKS_OFF, MASKS_RANDOM, PADDING, RANDOM, REAL, TIES
 from tests.wrong_kernels import NAME, wrong
 
@@ -101,6 +101,14 @@ def test_masks_that_are_inputs_are_varied_and_padding_is_made_unclean() -> None:
     _, strict = compiled(Block(), torch.randn(2, 20, 32), padding(), strict=True)
     assert strict.replaced == 0
     assert all(site.reason is not None and site.reason.code == "strict" for site in strict.sites)
+
+
+def test_what_inductor_compiles_for_a_trial_has_gradients_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    # as for FlexAttention on CUDA: on a CPU it has none
+    monkeypatch.setattr(examine, "_by_inductor", lambda pair: True)
+    _, report = compiled(Block(), torch.randn(2, 20, 32), inner="inductor")
+    for site in report.sites:
+        assert kinds(site) == kinds(site, "gradient") == [REAL, RANDOM, HUGE, TIES], site.untried
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -167,6 +167,8 @@ def _site(node: Node, place: Place) -> Site:
     assumptions = STREAM if call.dropout else ()
     if by_hand:
         assumptions = (*assumptions, *masks.assumptions, *(() if state.strides_hold else (LAYOUT,)))
+    elif spec.empty_rows is EmptyRow.ZERO and all(isinstance(x, Fill) for x in layers) and spec.device != "cpu":
+        assumptions = (*assumptions, DEFINED)
     return Site(
         anchor=node,
         output=node,
@@ -196,6 +198,7 @@ def _site(node: Node, place: Place) -> Site:
 
 # Where no fused kernel of torch is chosen for a mask whose keys do not lie side by side in memory.
 _SIDE_BY_SIDE = frozenset({"cuda"})
+DEFINED = "a query without any key gets zeros, as torch lays down for a boolean mask (its cuDNN kernel does not)"
 LAYOUT = "the mask of this call is laid out in memory as it was when the program was traced"
 
 

@@ -189,13 +189,14 @@ class _Examination:
         return tuple(found)
 
     def _call(self, pair: Pair, given: Given) -> Callable[..., Any]:
-        """What takes functions is fused by inductor only: elsewhere it is computed as it is written."""
-        if pair.kernel.takes != "functions" or not self.asked.compiled:
+        if not (self.asked.compiled and _by_inductor(pair)):
             return pair.replacement.module
-        key = (pair.key, bool(trained(pair, given)))
+        leaves = trained(pair, given)
+        key = (pair.key, bool(leaves))
         if key not in self.compiled:
-            example = [copied(given.values[n], grad=n in trained(pair, given)) for n in pair.replacement.reads]
-            self.compiled[key] = torch._inductor.compile(pair.replacement.module, example)
+            example = [copied(given.values[n], grad=n in leaves) for n in pair.replacement.reads]
+            with torch.set_grad_enabled(bool(leaves)):  # or no backward is compiled
+                self.compiled[key] = torch._inductor.compile(pair.replacement.module, example)
         return self.compiled[key]
 
 
@@ -233,6 +234,11 @@ def outcome(
         grads = torch.autograd.grad(out, list(leaves), given, allow_unused=True)
     filled = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
     return out.detach(), filled
+
+
+def _by_inductor(pair: Pair) -> bool:
+    """What takes functions is fused by inductor only: elsewhere it is computed as it is written."""
+    return pair.kernel.takes == "functions"
 
 
 def widened(x: Any) -> Any:

@@ -10,21 +10,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import export
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnpass
 from attnpass.capture.dynamo import backend
+from attnpass.cost import called_us, rated_us
 from attnpass.gain import gained
 from attnpass.graph import State
 from attnpass.kernels import kernels
 from attnpass.kernels.native import Native
-from attnpass.prove import WAIVED, Proved, prove
+from attnpass.prove import WAIVED, Proved, prove, waive
 from attnpass.recognize import existing, find
-from attnpass.recognize.existing import LAYOUT
+from attnpass.recognize.existing import DEFINED, LAYOUT
 from attnpass.recognize.ops import bound, op_name
 from attnpass.site import Add, Fill, Site
+from attnpass.spec import AttentionSpec, EmptyRow, MaskSpec
 from tests.models import torchvision_stub
 from tests.zoo.heads import repeat_kv
 
@@ -118,6 +121,64 @@ def test_where_queries_without_keys_are_waived_the_call_may_be_any() -> None:
     assert WAIVED in report.sites[0].assumptions
     args = (*qkv(), torch.rand(1, 5, 7) < 0.9)
     torch.testing.assert_close(new.module()(*args), program.module()(*args))
+
+
+def near_and_seen(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+    """A window over keys that may be padded, all of them."""
+    at = torch.arange(q.shape[2])
+    near = (at[:, None] >= at) & (at[:, None] - at < 3)
+    return F.scaled_dot_product_attention(q, k, v, near & seen[:, None, None, :])
+
+
+def padded() -> tuple[Tensor, ...]:
+    """Some queries of the first sequence have no key, and all of the second."""
+    return *torch.randn(3, 2, 4, 9, 24), torch.arange(9).expand(2, 9) >= torch.tensor([[4], [9]])
+
+
+def test_a_boolean_mask_may_go_to_a_kernel_that_answers_queries_without_keys_as_torch_lays_down(
+    fresh_dynamo: None,
+) -> None:
+    attnpass.reset()
+    args = padded()
+    with torch.no_grad():
+        found = torch.compile(near_and_seen, backend=backend, options={"kernel": "flex", "strict": True})(*args)
+        torch.testing.assert_close(found, near_and_seen(*args))
+    (site,) = attnpass.report().sites
+    assert site.kernel == "flex"
+    assert site.spec.empty_rows is EmptyRow.ZERO
+    assert not site.assumptions  # on a CPU all of torch's kernels answer so
+    assert not found[0, :, :4].any()
+    assert not found[1].any()
+
+
+@pytest.mark.parametrize("low", [-INF, torch.finfo(torch.float32).min])
+def test_a_mask_that_is_added_may_not(low: float, fresh_dynamo: None) -> None:
+    attnpass.reset()
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, torch.where(seen, 0.0, low)[:, None, None, :].expand(2, 1, 9, 9))
+
+    args = padded()
+    with torch.no_grad():
+        found = torch.compile(attend, backend=backend, options={"kernel": "flex"})(*args)
+        torch.testing.assert_close(found, attend(*args))
+    (site,) = attnpass.report().sites
+    assert site.reason is not None
+    assert site.reason.code == "already_fused"
+
+
+def test_where_torch_may_take_cudnn_zeros_are_an_assumption() -> None:
+    program = exported(near_and_seen, *padded())
+    assert not find(program.graph, State()).sites[0].assumptions
+    with FakeTensorMode():
+        for node in program.graph.nodes:
+            x = node.meta.get("val")
+            if isinstance(x, Tensor):
+                node.meta["val"] = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda")
+    sites = find(program.graph, State()).sites
+    (proved,) = prove(program.graph, sites, {}, {})
+    assert proved.site.assumptions == (DEFINED,)
+    assert waive(proved).site.assumptions == ()
 
 
 def heads_innermost(q: Tensor, k: Tensor, v: Tensor, table: Tensor, pad: Tensor) -> Tensor:
@@ -291,6 +352,15 @@ def test_a_mask_as_a_function_is_a_gain_where_it_is_expected_to_be_faster() -> N
 
     assert gains(8192)
     assert not gains(16)
+
+
+def test_a_call_that_is_there_repairs_no_rows() -> None:
+    shape = (4, 16, 2048, 64)
+    spec = AttentionSpec(q=shape, k=shape, v=shape, dtype="bfloat16", device="cuda", scale=1.0, groups=1)
+    sure = dataclasses.replace(spec, mask=MaskSpec(causal=0, key_padding=True))
+    may_be_empty = dataclasses.replace(sure, empty_rows=EmptyRow.ZERO)
+    assert called_us(may_be_empty) == called_us(sure) == rated_us(sure, "native")
+    assert called_us(may_be_empty) < rated_us(may_be_empty, "native")
 
 
 def test_a_call_without_gain_is_left_as_it_is_in_strict_mode_and_without_fuel() -> None:
