@@ -19,7 +19,7 @@ from attnpass.errors import Refuse
 from attnpass.functions import answers, functions, rows_with_a_key
 from attnpass.graph import Builder, Shared, fake_mode_of, tensor
 from attnpass.kernels.base import Kernel
-from attnpass.layers import Dense, answered, as_given, dense_mask, multiplied
+from attnpass.layers import Dense, answered, as_given, dense_mask, hushed, multiplied
 from attnpass.lse import alive, sunk
 from attnpass.prove import Proved
 from attnpass.site import Call, Factor, Layout, Placed, Site
@@ -66,9 +66,8 @@ def _build(b: Builder, proved: Proved, kernel: Kernel, shared: Shared) -> Node:
         dense = structured_mask(b, proved, shared)
     else:
         dense = dense_mask(b, site, sizes, dtype, shared)
-    if dense.scored is not None:
-        q = b.call(aten.where.ScalarOther, dense.scored, q, 0.0)
-    call = replace(call, q=q, mask=_still(b, site, dense.mask), causal=causal)
+    q, k = hushed(b, dense, q, k)
+    call = replace(call, q=q, k=k, mask=_still(b, site, dense.mask), causal=causal)
     out = _own(b, site, kernel.emit(b, call))
     return _finished(b, site, answered(b, out, call, dense, sizes, site), sizes)
 

@@ -22,7 +22,7 @@ import torch
 from torch.fx import Node
 
 from attnpass.arrange import Sizes, arrange
-from attnpass.graph import Builder, Shared, tensor
+from attnpass.graph import Builder, Shared, is_one, tensor
 from attnpass.site import Add, Call, Factor, Fill, Layout, Placed, Site
 from attnpass.spec import EmptyRow
 
@@ -33,6 +33,7 @@ FLOOR = -1e30
 BLURRED = -1e4  # beside a bias this low float32 keeps less of a log-sum-exp than a fused backward needs
 SWALLOWED = -1e8  # ... and this low nothing of an ordinary score
 HALF_SWALLOWED = -6e4  # the same where the original adds in float16
+FAINT = 2.0**-40  # scores times this leave all probabilities equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,8 @@ class Dense:
     mask: Node | None
     alive: Node | None = None  # True where the row has a key; None when every row has one
     answer: EmptyRow = EmptyRow.IMPOSSIBLE
-    scored: Node | None = None  # False where scores do not count: the queries there are taken for zero
+    scored: Node | None = None  # False where scores do not count: the queries there are taken for next to nothing
+    passes: float = 0.0  # the share of the gradient that goes on through such scores all the same
 
 
 def dense_mask(b: Builder, site: Site, sizes: Sizes, dtype: torch.dtype, shared: Shared) -> Dense:
@@ -124,12 +126,20 @@ def _kept(b: Builder, site: Site, sizes: Sizes, target: Layout, dtype: torch.dty
 def keeping(site: Site, keep: Node, alive: Node | None) -> Dense:
     """A keep-mask alone, which keeps all keys in the rows where `alive` says that there is none.
 
-    With queries of zero all scores of such a row are equal, so the kernel itself answers with the mean, and sends no
-    gradient into the scores, as a fill would not.
+    Where the scores of such a row do not count the kernel itself answers with the mean (`hushed`).
     """
-    if site.rows is EmptyRow.MEAN and not site.flows:
-        return Dense(mask=keep, scored=alive)
+    if site.rows is EmptyRow.MEAN and alive is not None and (not site.flows or _whole_sequences(site, alive)):
+        return Dense(mask=keep, scored=alive, passes=site.flows)
     return Dense(mask=keep, alive=alive, answer=site.rows)
+
+
+def _whole_sequences(site: Site, alive: Node) -> bool:
+    """Whether there is a key does not depend on the query or the head, so the gradient of a key comes from queries
+    that all have one, or all have none.
+    """
+    val = tensor(alive)
+    # float16 has no room for gradients as small as `hushed` makes them on the way
+    return val is not None and is_one(val.shape[1]) and is_one(val.shape[2]) and site.spec.dtype != "float16"
 
 
 def with_empty_rows(b: Builder, keep: Node) -> tuple[Node, Node]:
@@ -276,6 +286,36 @@ def _floored_for(bias: torch.Tensor, dtype: torch.dtype) -> bool:
     return bias.device.type != "cpu" or torch.finfo(bias.dtype).min < torch.finfo(dtype).min
 
 
+def hushed(b: Builder, dense: Dense, q: Node, k: Node) -> tuple[Node, Node]:
+    """Queries whose scores are all equal where they do not count, so that the kernel answers with the mean.
+
+    With queries of zero the scores get no gradient, as behind a fill. An addition lets it through (`passes`): there
+
+        q  is made so small, by a power of two, that all probabilities are equal, but its gradient is left as it is
+        k  stays, and its gradient, to which the kernel has put that small q, is made as large again
+
+    All factors are powers of two, so nothing is rounded, and numbers far smaller than these are still float32 and
+    bfloat16.
+    """
+    if dense.scored is None:
+        return q, k
+    if not dense.passes:
+        return b.call(aten.where.ScalarOther, dense.scored, q, 0.0), k
+    return _faded(b, dense, q, FAINT, 1.0), _faded(b, dense, k, 1.0, 1.0 / FAINT)
+
+
+def _faded(b: Builder, dense: Dense, x: Node, factor: float, gradient: float) -> Node:
+    """`x` times a factor where scores do not count, and its gradient times another one."""
+    still = b.call(aten.detach.default, x)
+    nothing = b.call(aten.sub.Tensor, x, still)  # but for its gradient
+    other = b.call(aten.add.Tensor, _times(b, still, factor), _times(b, nothing, gradient * dense.passes))
+    return b.call(aten.where.self, dense.scored, x, other)
+
+
+def _times(b: Builder, x: Node, factor: float) -> Node:
+    return x if factor == 1.0 else b.call(aten.mul.Scalar, x, factor)
+
+
 def answered(b: Builder, out: Node, call: Call, dense: Dense, sizes: Sizes, site: Site) -> Node:
     """The kernel's result with the rows without a key as the original has them."""
     if dense.alive is None:
@@ -308,7 +348,5 @@ def _first_order(b: Builder, call: Call, sizes: Sizes, site: Site) -> Node:
     if call.groups > 1:
         across = b.call(aten.repeat_interleave.self_int, across, call.groups, 1)
     across = b.call(aten.div.Scalar, across, sizes.dim(site.roles.keys))
-    term = b.call(aten.mul.Scalar, b.call(aten.matmul.default, call.q, across), call.scale)
-    if site.flows != 1.0:
-        term = b.call(aten.mul.Scalar, term, site.flows)
+    term = _times(b, b.call(aten.mul.Scalar, b.call(aten.matmul.default, call.q, across), call.scale), site.flows)
     return b.call(aten.sub.Tensor, term, b.call(aten.detach.default, term))

@@ -105,6 +105,20 @@ MASKS = (
         zoo("an-added-mask-of-the-lowest-number"),
     ),
     Mutant(
+        "a key's gradient stays as small as its query was made",
+        "layers.py",
+        "_faded(b, dense, k, 1.0, 1.0 / FAINT)",
+        "_faded(b, dense, k, 1.0, 1.0)",
+        only("test_hushed.py", "kernel_itself"),
+    ),
+    Mutant(
+        "keys of queries with and without any are told apart by the sequence",
+        "layers.py",
+        "is_one(val.shape[1]) and is_one(val.shape[2]) and",
+        "is_one(val.shape[1]) and",
+        only("test_hushed.py", "afterwards"),
+    ),
+    Mutant(
         "the factor of a bias is dropped",
         "layers.py",
         "    if factor.number != 1.0:",
@@ -229,6 +243,13 @@ KERNELS = (
 )
 
 EMIT = (
+    Mutant(
+        "an added mask is taken for a boolean one",
+        "prove.py",
+        "    if all(isinstance(layer, Fill) for layer, _ in active):\n        return site.spec.empty_rows",
+        "    if True:\n        return site.spec.empty_rows",
+        only("recognize/test_existing.py", "added_may_not"),
+    ),
     Mutant(
         "a factor of q divides where it multiplies",
         "layers.py",
