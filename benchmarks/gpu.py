@@ -2,11 +2,12 @@
 
     python -m benchmarks.gpu [--only NAME ...] [--train] [--by-hand] [--waived] [--jobs 16] [--json FILE]
 
-Times are medians of CUDA events around one forward call in bfloat16 (with --train: forward and backward), memory is the
-peak above what the model itself holds, errors are relative to the same model in float32. Each form of a model is
-compiled in a process of its own, many at once; they are measured one at a time, in rounds (benchmarks/apart.py). The
-rows called decode are one step behind a static cache that is nearly full. --by-hand adds the library's other
-integrations; --waived the pass with `empty_rows="dont_care"`, where queries without a key make a difference.
+Times are medians of CUDA events around one forward call in bfloat16 (with --train: forward and backward); beside them
+is how long its kernels ran, which is less where the GPU waits for the next launch. Memory is the peak above what the
+model itself holds, errors are relative to the same model in float32. Each form of a model is compiled in a process of
+its own, many at once; they are measured one at a time, in rounds (benchmarks/apart.py). The rows called decode are one
+step behind a static cache that is nearly full. --by-hand adds the library's other integrations; --waived the pass with
+`empty_rows="dont_care"`, where queries without a key make a difference.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import nn
 
 from benchmarks.apart import Measured, measured
 from benchmarks.models import Inputs, Model, decoder, right_padded, tokens
-from benchmarks.timing import median_ms, peak_mib
+from benchmarks.timing import busy_ms, median_ms, peak_mib
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Row:
     compiler: str
     train: bool
     ms: float | None = None
+    busy_ms: float | None = None
     mib: float | None = None
     error: float | None = None
     note: str = ""
@@ -169,10 +171,11 @@ def prepare(task: Task) -> Callable[[], Row]:
 
     def measure() -> Row:
         ms = median_ms(lambda: _run(call, inputs, train=task.train))
+        busy = busy_ms(lambda: _run(call, inputs, train=task.train))
         mib = peak_mib(lambda: _run(call, inputs, train=task.train))
         true = torch.load(task.exact, map_location="cpu")
         error = ((out.float() - true).norm() / true.norm()).item()
-        return replace(row, ms=ms, mib=mib, error=error)
+        return replace(row, ms=ms, busy_ms=busy, mib=mib, error=error)
 
     return measure
 
@@ -197,8 +200,19 @@ def together(found: Measured[Task, Row]) -> Row:
     task = found.task
     if found.failure:
         return Row(task.model, task.attention, task.compiler, task.train, note=found.failure)
-    times = [row.ms for row in found.results if row.ms is not None]
-    return replace(found.results[0], ms=statistics.median(times) if times else None)
+    ms, busy = (_median([getattr(row, name) for row in found.results]) for name in ("ms", "busy_ms"))
+    return replace(found.results[0], ms=ms, busy_ms=busy)
+
+
+def _median(times: list[float | None]) -> float | None:
+    known = [time for time in times if time is not None]
+    return statistics.median(known) if known else None
+
+
+def _figures(row: Row) -> str:
+    if row.ms is None:
+        return ""
+    return f"{row.ms:7.2f} ms ({row.busy_ms:6.2f} busy) {row.mib:6.0f} MiB error {row.error:.1e}"
 
 
 def main() -> None:
@@ -225,7 +239,7 @@ def main() -> None:
                 if row.compiler == "exact" and not row.note:
                     continue
                 found.append(row)
-                figures = "" if row.ms is None else f"{row.ms:7.2f} ms {row.mib:6.0f} MiB error {row.error:.1e}"
+                figures = _figures(row)
                 print(f"{row.model:20} {row.attention:18} {row.compiler:19} {figures}  {row.note}", flush=True)
                 if asked.json:  # after each row: what was measured survives a limit of time
                     asked.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")

@@ -3,9 +3,10 @@
     python -m benchmarks.kernels [--device cuda] [--only KERNEL ...] [--jobs 16] [--json FILE] [--write]
 
 The attention is hand-written code, compiled with the pass and one kernel asked for; what the kernel refuses is a line
-with the reason. Times are medians (on a GPU of CUDA events), operations are counted on the scores that the mask keeps,
-errors are relative to float64 and of one head. For a GPU many are compiled side by side, and measured one at a time
-(benchmarks/apart.py). `--write` puts the rates into attnpass/rates.json, from which the pass chooses.
+with the reason. On a GPU the time is that for which kernels run, on a CPU the median of whole calls; operations are
+counted on the scores that the mask keeps, errors are relative to float64 and of one head. For a GPU many are compiled
+side by side, and measured one at a time (benchmarks/apart.py). `--write` puts the rates into attnpass/rates.json, from
+which the pass chooses.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from attnpass.errors import first_line
 from benchmarks.apart import measured
-from benchmarks.timing import median_ms
+from benchmarks.timing import busy_ms, median_ms
 
 SHAPES = {
     "cuda": ((4, 32, 4096, 128), (1, 16, 16384, 64), (2, 8, 4096, 256)),
@@ -97,7 +98,8 @@ class Attention(nn.Module):
         x = q @ k.mT / math.sqrt(q.shape[-1])
         if self.mask is not None:
             x = x.masked_fill(~self.mask(x, pad), torch.finfo(x.dtype).min)
-        return x.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        out = x.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
+        return out.transpose(1, 2).flatten(2)  # as models go on
 
 
 def kept(form: str, length: int) -> float:
@@ -154,7 +156,7 @@ def compiled(kernel: Any, form: str, given: tuple[Tensor, ...]) -> Callable[[], 
 
     attnpass.reset()
     options = {"kernel": [kernel.name, "keep"], "allow_approximate": True}
-    if kernel.takes != "functions":
+    if kernel.takes == "forms":
         options["inner"] = "aot_eager"  # nothing is left to fuse
     attention = Attention(form)
     run = torch.compile(attention, backend=backend, options=options)
@@ -171,14 +173,14 @@ def compiled(kernel: Any, form: str, given: tuple[Tensor, ...]) -> Callable[[], 
                 texts = "; ".join(r.text for r in verdict.refusals) or (site.reason.text if site.reason else "")
                 return lambda: replace(row, note=texts)
             true = attention(*(t[:1, :1].double() for t in (q, k, v)), pad[:1])
-            error = ((out[:1, :1].double() - true).norm() / true.norm()).item()
+            error = ((out[:1, :, :width].double() - true).norm() / true.norm()).item()
     except Exception as failure:  # a kernel that fails is a result too
         note = f"failed: {first_line(failure)[:200]}"
         return lambda: replace(row, note=note)
 
     def measure() -> Row:
         with torch.no_grad():
-            ms = median_ms(lambda: run(*given), q.device.type)
+            ms = busy_ms(lambda: run(*given)) if q.is_cuda else median_ms(lambda: run(*given), "cpu")
         operations = 4 * batch * heads * length**2 * width * kept(form, length)
         return replace(row, ms=ms, tflops=operations / ms / 1e9, error=error)
 
@@ -216,10 +218,10 @@ def bandwidth(device: str) -> float:
 
 
 def products(device: str, dtype: str) -> float:
-    """TFLOP/s of the products of one attention, whose results lie in memory."""
-    batch, length = (128, 4096) if device == "cuda" else (8, 1024)
-    q, k = (torch.randn(batch, length, 128, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-    return 2 * batch * length**2 * 128 / median_ms(lambda: q @ k.mT, device) / 1e9
+    """TFLOP/s of a large product."""
+    size = 8192 if device == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    return 2 * size**3 / median_ms(lambda: a @ b, device) / 1e9
 
 
 def table(found: list[Row], old: dict[str, Any], device: str, dtype: str) -> dict[str, Any]:

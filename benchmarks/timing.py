@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -31,6 +32,20 @@ def median_ms(call: Callable[[], Any], device: str = "cuda") -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(end))
     return statistics.median(times)
+
+
+def busy_ms(call: Callable[[], Any], calls: int = 5) -> float:
+    """What the kernels of one call take: less than a call takes where the GPU waits for its next launch."""
+    call()
+    torch.cuda.synchronize()
+    both = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=both) as profile:
+        for _ in range(calls):
+            call()
+        torch.cuda.synchronize()
+    # the bound enumeration is equal to itself, but not the same object
+    on_gpu = (event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA)
+    return math.fsum(event.time_range.elapsed_us() for event in on_gpu) / calls / 1e3
 
 
 def peak_mib(call: Callable[[], Any]) -> float:

@@ -376,6 +376,7 @@ def on_cpu(mask: MaskSpec = NOTHING, *, length: int = 2048, dtype: str = "float3
         ("native", spec(bias=(TABLE,), empty_rows=EmptyRow.NAN, length=512, batch=16, width=64)),
         ("native", spec(bias=(TABLE,), empty_rows=EmptyRow.NAN, length=8192, batch=1, width=64)),
         ("flex", spec(MaskSpec(causal=0), bias=(TABLE,), length=2048)),
+        ("native", spec(MaskSpec(dense=True), length=8192, width=64)),  # all blocks are looked at pair by pair
         ("native", on_cpu()),
         ("native", on_cpu(MaskSpec(causal=0))),
         ("native", on_cpu(MaskSpec(key_padding=True))),
