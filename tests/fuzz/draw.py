@@ -17,6 +17,7 @@ from tests.fuzz import masks
 from tests.fuzz.damages import DAMAGES, Damage
 from tests.fuzz.programs import Bias, Cap, Floor, Mask, Number, Program, Scale, Shape, Step, ToFloat
 from tests.fuzz.spelled import (
+    CALLS,
     DROPOUT,
     IN_PLACE,
     LAYOUTS,
@@ -86,6 +87,7 @@ def whole(draw: Draw) -> Program:
         extras=extras,
         autocast=autocast,
         empty=_sometimes(draw, 6),
+        called=_one(draw, *CALLS) if _sometimes(draw, 8) else None,
         seed=draw(st.integers(0, 99)),
     )
     return _front(draw, settled(program))
@@ -113,6 +115,7 @@ def damaged(draw: Draw) -> Program:
         order="bhqk",
         sink=None if damage.at in ("softmax", "probabilities", "before softmax") else program.sink,
         damage=name,
+        called=None,
         grad=program.grad and not damage.no_grad,
         front=program.front,
         upcast=program.upcast and not damage.clones,
@@ -242,9 +245,30 @@ def _equal(shape: Shape, damage: Damage, layout: str) -> Shape:
     return replace(shape, queries=min(shape.queries, shape.keys))
 
 
+def _called(p: Program) -> Program:
+    """Of a call there is no product and no softmax, and it takes what it is told in one argument."""
+    kinds: tuple[type, ...] = (Mask,) if p.called in ("boolean", "boolean, whole") else (Mask, Bias)
+    heads = p.heads if p.heads in REPEATED else "gqa"
+    return replace(
+        p,
+        layout="bhsd" if LAYOUTS[p.layout].qkv != ("bhqd", "bhkd", "bhke") else p.layout,
+        heads="none" if p.shape.groups == 1 else heads,
+        product="matmul",
+        order="bhqk",
+        upcast=False,
+        steps=tuple(step for step in p.steps if isinstance(step, kinds)),
+        sink=None,
+        softmax="F.softmax",
+        dropout=None,
+        pv="matmul",
+        extras=tuple(extra for extra in p.extras if extra in ("clones", "operands written afterwards")),
+        autocast=False,
+    )
+
+
 def settled(program: Program) -> Program:
     """What cannot stand together is taken apart."""
-    p = program
+    p = _called(program) if program.called else program
     written = any(isinstance(step, Mask) and ("in place" in step.apply or "index" in step.apply) for step in p.steps)
     # make_fx makes constants of tensors written in the code, which cannot be told from what a module holds
     literal = p.softmax == "clamped" or any(mask.apply == "boolean index" for mask in p.masks)

@@ -18,6 +18,8 @@ def limit(program: Program, device: str = "cpu") -> str | None:
     p = program
     if p.damage is not None:
         return "damaged"
+    if p.called is not None:
+        return "a call that is there already is replaced only where that gains"
     if p.dropout == "live":
         return "live dropout has no fused form on the CPU, and draws other numbers elsewhere"
     if device == "cpu" and max(p.shape.width, p.shape.v_width) > 2 * min(p.shape.width, p.shape.v_width):

@@ -7,6 +7,8 @@
     softmax      over the keys, perhaps beside a sink
     values       the product with v, and the form of the result
 
+From the product to the values it may also be one call of scaled_dot_product_attention.
+
 Orders of dimensions: b batch, h heads, q queries, k keys, d e widths; n batch and heads in one; g r heads in two.
 """
 
@@ -16,6 +18,7 @@ from tests.fuzz import masks
 from tests.fuzz.damages import DAMAGES
 from tests.fuzz.programs import Bias, Cap, Floor, Mask, Number, Program, Scale, ToFloat
 from tests.fuzz.spelled import (
+    CALLS,
     DROPOUT,
     EXTRA_INPUTS,
     HEADER,
@@ -49,6 +52,14 @@ class Source:
         self._scale("q", self.p.q_scale)
         self._scale("k", self.p.k_scale)
         self._heads()
+        if self.p.called is None:
+            self._by_hand()
+        else:
+            self._call()
+        self._result()
+        return "\n".join([HEADER, "", *self._module(), "", "", *self._inputs()]) + "\n"
+
+    def _by_hand(self) -> None:
         self._product()
         self._damage("scores")
         for step in self.p.steps:
@@ -57,8 +68,6 @@ class Source:
         self._softmax()
         self._damage("probabilities")
         self._values()
-        self._result()
-        return "\n".join([HEADER, "", *self._module(), "", "", *self._inputs()]) + "\n"
 
     # -- the parts of the file ----------------------------------------------------------------------------------------
     def _module(self) -> list[str]:
@@ -189,7 +198,7 @@ class Source:
         elif form == "folded":
             self._say("q = q.reshape(B, G, R * Q, D)")
         else:
-            assert form in ("none", "broadcast")
+            assert form in ("none", "broadcast", "gqa")
 
     def _scale(self, x: str, scale: Scale | None) -> None:
         if scale is None:
@@ -287,6 +296,27 @@ class Source:
             if p.dtype == "float16" and step.fill == "half of min":
                 fill = "-32752.0"  # which swallows no score: it must not become another number in float64
             self._say(*masks.APPLY[step.apply].format(s="s", m="keep", f=fill).splitlines())
+
+    def _call(self) -> None:
+        p = self.p
+        assert p.called is not None
+        seen: list[str] = []
+        for mask in p.masks:
+            spelled = masks.KEEP[mask.kind][mask.spelling % len(masks.KEEP[mask.kind])]
+            self._need(spelled.needs)
+            seen.append(f"({spelled.text})")
+        given = "None"
+        if seen:
+            given, fill = "mask", masks.FILLS[p.masks[0].fill].format(s="q")
+            self._say(CALLS[p.called].format(m=" & ".join(seen), f=fill))
+        for bias in p.biases:
+            spelled = masks.BIASES[bias.kind]
+            self._need(spelled.needs)
+            added = f"({spelled.text}).to(q.dtype)"
+            self._say(f"mask = mask + {added}" if given == "mask" else f"mask = {added}")
+            given = "mask"
+        grouped = ", enable_gqa=True" if p.heads == "gqa" else ""
+        self._say(f"o = F.scaled_dot_product_attention(q, k, v, {given}, scale={p.product_scale}{grouped})")
 
     # -- softmax and values -------------------------------------------------------------------------------------------
     def _softmax(self) -> None:

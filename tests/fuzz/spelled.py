@@ -170,3 +170,11 @@ RESULTS = {
     "residual": ["o = o + o.mean(-1, keepdim=True)"],
     "written through a view": ["o = o.transpose(1, 2)", "o[:, 0].zero_()"],
 }
+
+# How the mask {m} of a call is written; the first leaves it boolean.
+CALLS = {
+    "boolean": "mask = {m}",
+    "boolean, whole": "mask = ({m}).expand(B, H, Q, K)",
+    "added": "mask = torch.where({m}, 0.0, {f}).to(q.dtype)",
+    "added, whole": "mask = torch.zeros(B, H, Q, K, dtype=q.dtype, device=dev).masked_fill(~({m}), {f})",
+}

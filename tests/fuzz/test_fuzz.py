@@ -17,6 +17,7 @@ from tests.fuzz.damages import DAMAGES
 from tests.fuzz.kernels import KERNELS, register
 from tests.fuzz.programs import Cap, Mask, Program, Scale, Shape
 from tests.fuzz.source import source
+from tests.fuzz.spelled import CALLS
 
 FOLDER = Path(os.environ.get("ATTNPASS_FUZZ_FOLDER", "build/fuzz"))
 SHARE = 0.99
@@ -68,6 +69,17 @@ def test_a_damaged_program_is_a_program(name: str) -> None:
     judged = judged_here(program, "cpu")
     assert judged.invalid is None
     assert not judged.wrong
+
+
+@pytest.mark.parametrize("form", CALLS)
+def test_a_call_with_a_mask_is_a_program(form: str) -> None:
+    """What is added may not be told by its meaning where a query may have no key."""
+    program = Program(
+        steps=(Mask("padding", fill="min"),), called=form, empty=True, front="compile", kernel="fuzz_functions"
+    )
+    judged = judged_here(program, "cpu")
+    assert not judged.wrong
+    assert judged.kernels == (("fuzz_functions",) if form.startswith("boolean") else ())
 
 
 FOUND = {
