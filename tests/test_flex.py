@@ -342,6 +342,34 @@ def test_where_one_kernel_cannot_be_written_the_next_best_is(monkeypatch: pytest
     assert [(site.kernel, site.reason) for site in report.sites] == [("native", None)]
 
 
+@pytest.mark.parametrize(
+    ("form", "width", "dtype", "length", "warps"),
+    [
+        ("padded", 64, torch.bfloat16, 300, 8),
+        ("padded", 64, torch.float16, 300, 8),
+        ("padded", 64, torch.float32, 300, None),
+        ("padded", 32, torch.bfloat16, 300, None),
+        ("padded", 64, torch.bfloat16, 100, None),
+        ("window", 64, torch.bfloat16, 300, None),
+    ],
+)
+def test_a_mask_that_reads_a_tensor_gets_enough_registers_on_hopper(
+    form: str,
+    width: int,
+    dtype: torch.dtype,
+    length: int,
+    warps: int | None,
+    as_on_cuda: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(flex, "_on_hopper", lambda device: True)
+    fast = Flexed(only(form))
+    with torch.no_grad():
+        fast(*inputs(length, width, dtype=dtype))
+    (call,) = calls(fast.gm)
+    assert call.args[6].get("fwd_num_warps") == warps
+
+
 # -- which kernel ------------------------------------------------------------------------------------------------------
 
 

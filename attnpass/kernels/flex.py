@@ -37,6 +37,7 @@ _NARROWEST = 16  # what a Triton product takes
 # Narrower heads go through a product that, where eight keys are left over, computes sixteen (torch 2.13, AVX2): plain
 # flex_attention of 200 keys and width 16 is wrong or NaN.
 _NARROWEST_CPU = 24
+_TILE = 128  # queries, and keys, that are computed together
 _WIDEST = {"float32": 128}  # what fits into a multiprocessor's shared memory, with a backward
 
 
@@ -124,8 +125,10 @@ def _call(b: Builder, call: Call, *, lse: bool) -> Node:
 
     functions = call.functions
     assert functions is not None
+    given = (value(call.q), value(call.k), value(call.v))
+    own: Any = _warps(given[0], functions)
     with torch.set_grad_enabled(b.state.grad):  # decides whether a backward is prepared for
-        options = _apply_kernel_options(value(call.q), value(call.k), value(call.v), lse or call.spec.grad, None)
+        options = _apply_kernel_options(*given, lse or call.spec.grad, own)
     q, k, v = call.q, call.k, call.v
     if call.spec.device == "cpu":
         # inductor's template reads the shape of the memory that these are views of (torch 2.13)
@@ -142,6 +145,23 @@ def _call(b: Builder, call: Call, *, lse: bool) -> Node:
         functions.score_reads,
         functions.keep_reads,
     )
+
+
+def _warps(q: torch.Tensor, functions: Functions) -> dict[str, int] | None:
+    """How many warps compute a tile, where inductor's own number is far too small.
+
+    On Hopper heads of width 64 get tiles of 128 x 128 scores and four warps. With a mask that reads a tensor that is
+    more than their registers hold: ptxas spills 7 to 8 kB for each thread, and partial blocks take tens of times as
+    long (seen on the H200, torch 2.11: 205 ms where 4 are due). Eight warps spill nothing.
+    """
+    length = q.shape[2]
+    decoding = isinstance(length, int) and length < _TILE  # by another template
+    crowded = q.shape[3] == _TILE // 2 and q.dtype in (torch.float16, torch.bfloat16) and functions.keep_reads
+    return {"fwd_num_warps": 8} if crowded and not decoding and _on_hopper(q.device) else None
+
+
+def _on_hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _blocks(b: Builder, call: Call, functions: Functions) -> tuple[Any, ...]:

@@ -128,6 +128,8 @@ def _by_a_kernel_with(p: Program) -> str | None:
         spelled = [KEEP[mask.kind][mask.spelling % len(KEEP[mask.kind])] for mask in p.masks]
         if any(one.needs == "causal_buffer" for one in spelled):
             return "a mask in a buffer is data, which flash-attn has no argument for"
+        if clamped and kinds & _KEYS:
+            return "what a query without any key gets behind a clamp depends on the order, and is no argument"
         if p.biases or len(p.masks) > 1 or not (kinds <= _FORMS or kinds <= _KEYS):
             return "a mask or bias that flash-attn has no argument for"
         return None
