@@ -239,8 +239,8 @@ def main() -> None:
                 if row.compiler == "exact" and not row.note:
                     continue
                 found.append(row)
-                figures = _figures(row)
-                print(f"{row.model:20} {row.attention:18} {row.compiler:19} {figures}  {row.note}", flush=True)
+                head = f"{row.model:20} {row.attention:18} {row.compiler:19}"
+                print(f"{head} {_figures(row)}  {row.note}", flush=True)
                 if asked.json:  # after each row: what was measured survives a limit of time
                     asked.json.write_text(json.dumps([asdict(row) for row in found], indent=2) + "\n")
 

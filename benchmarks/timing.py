@@ -17,21 +17,23 @@ def median_ms(call: Callable[[], Any], device: str = "cuda") -> float:
     """Of one call, by CUDA events or the clock, after some for warming up."""
     for _ in range(WARM):
         call()
-    times: list[float] = []
-    if device == "cpu":
-        for _ in range(TIMED):
-            begin = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - begin) * 1e3)
-        return statistics.median(times)
-    for _ in range(TIMED):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
+    once = _by_clock if device == "cpu" else _by_events
+    return statistics.median(once(call) for _ in range(TIMED))
+
+
+def _by_clock(call: Callable[[], Any]) -> float:
+    begin = time.perf_counter()
+    call()
+    return (time.perf_counter() - begin) * 1e3
+
+
+def _by_events(call: Callable[[], Any]) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
 
 
 def busy_ms(call: Callable[[], Any], calls: int = 5) -> float:

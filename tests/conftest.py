@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import attnpass
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if torch.cuda.is_available():
@@ -38,3 +40,11 @@ def fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def fresh_attnpass(fresh_dynamo: None) -> Iterator[None]:
+    """And no report is left of what was compiled before."""
+    attnpass.reset()
+    yield
+    attnpass.reset()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,8 @@ FLOORS = {torch.float32: 64.0, torch.bfloat16: 16.0}
 
 
 @pytest.fixture(autouse=True)
-def _fresh(fresh_dynamo: None) -> Iterator[None]:
-    attnpass.reset()
-    yield
-    attnpass.reset()
+def _fresh(fresh_attnpass: None) -> None:
+    pass
 
 
 def on_cuda(length: int = 300, *, grad: bool) -> tuple[Tensor, ...]:

@@ -7,7 +7,7 @@ import pkgutil
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,8 @@ Program = Callable[..., Any]
 
 
 @pytest.fixture(autouse=True)
-def _fresh(fresh_dynamo: None) -> Iterator[None]:
-    attnpass.reset()
-    yield
-    attnpass.reset()
+def _fresh(fresh_attnpass: None) -> None:
+    pass
 
 
 # -- programs that are not the attention they look like ----------------------------------------------------------------

@@ -6,7 +6,7 @@ import multiprocessing
 import pickle
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -21,10 +21,8 @@ from attnpass.capture.dynamo import backend
 
 
 @pytest.fixture(autouse=True)
-def _fresh(fresh_dynamo: None) -> Iterator[None]:
-    attnpass.reset()
-    yield
-    attnpass.reset()
+def _fresh(fresh_attnpass: None) -> None:
+    pass
 
 
 class Attention(nn.Module):

@@ -27,6 +27,7 @@ from attnpass.cost import rated_us
 from attnpass.errors import first_line
 from attnpass.graph import Builder, value
 from attnpass.kernels.base import Capabilities, Kernel
+from attnpass.kernels.native import HALF
 from attnpass.kernels.ops import apart
 from attnpass.reasons import Reason, reason
 from attnpass.site import Call, Functions
@@ -37,7 +38,7 @@ _NARROWEST = 16  # what a Triton product takes
 # Narrower heads go through a product that, where eight keys are left over, computes sixteen (torch 2.13, AVX2): plain
 # flex_attention of 200 keys and width 16 is wrong or NaN.
 _NARROWEST_CPU = 24
-_TILE = 128  # queries, and keys, that are computed together
+_DECODED = 128  # fewer queries are computed by another template
 _WIDEST = {"float32": 128}  # what fits into a multiprocessor's shared memory, with a backward
 
 
@@ -126,7 +127,7 @@ def _call(b: Builder, call: Call, *, lse: bool) -> Node:
     functions = call.functions
     assert functions is not None
     given = (value(call.q), value(call.k), value(call.v))
-    own: Any = _warps(given[0], functions)
+    own: Any = {"fwd_num_warps": 8} if functions.keep_reads and _crowded(call.spec, given[0].device) else None
     with torch.set_grad_enabled(b.state.grad):  # decides whether a backward is prepared for
         options = _apply_kernel_options(*given, lse or call.spec.grad, own)
     q, k, v = call.q, call.k, call.v
@@ -147,17 +148,15 @@ def _call(b: Builder, call: Call, *, lse: bool) -> Node:
     )
 
 
-def _warps(q: torch.Tensor, functions: Functions) -> dict[str, int] | None:
-    """How many warps compute a tile, where inductor's own number is far too small.
+def _crowded(spec: AttentionSpec, device: torch.device) -> bool:
+    """A mask that reads a tensor needs more registers than inductor's own number of warps has.
 
     On Hopper heads of width 64 get tiles of 128 x 128 scores and four warps. With a mask that reads a tensor that is
     more than their registers hold: ptxas spills 7 to 8 kB for each thread, and partial blocks take tens of times as
     long (seen on the H200, torch 2.11: 205 ms where 4 are due). Eight warps spill nothing.
     """
-    length = q.shape[2]
-    decoding = isinstance(length, int) and length < _TILE  # by another template
-    crowded = q.shape[3] == _TILE // 2 and q.dtype in (torch.float16, torch.bfloat16) and functions.keep_reads
-    return {"fwd_num_warps": 8} if crowded and not decoding and _on_hopper(q.device) else None
+    decoding = isinstance(spec.queries, int) and spec.queries < _DECODED
+    return spec.qk_width == 64 and spec.dtype in HALF and not decoding and _on_hopper(device)
 
 
 def _on_hopper(device: torch.device) -> bool:

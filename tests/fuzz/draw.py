@@ -247,7 +247,7 @@ def _equal(shape: Shape, damage: Damage, layout: str) -> Shape:
 
 def _called(p: Program) -> Program:
     """Of a call there is no product and no softmax, and it takes what it is told in one argument."""
-    kinds: tuple[type, ...] = (Mask,) if p.called in ("boolean", "boolean, whole") else (Mask, Bias)
+    kinds: tuple[type, ...] = (Mask,) if str(p.called).startswith("boolean") else (Mask, Bias)
     heads = p.heads if p.heads in REPEATED else "gqa"
     return replace(
         p,

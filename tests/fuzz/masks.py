@@ -100,6 +100,12 @@ KEEP: dict[str, tuple[Spelled, ...]] = {
     "given for heads": _four("given_heads", "given_heads", "given_heads[:, :, :Q]"),
 }  # fmt: skip
 
+
+def keeps(kind: str, spelling: int) -> Spelled:
+    """One spelling of a mask, whatever its number."""
+    return KEEP[kind][spelling % len(KEEP[kind])]
+
+
 FILLS = {
     "-inf": "float('-inf')",
     "min": "torch.finfo({s}.dtype).min",

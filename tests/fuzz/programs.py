@@ -108,9 +108,7 @@ class Program:
     autocast: bool = False
     empty: bool = False  # padding may leave queries without any key
     damage: str | None = None
-    called: str | None = (
-        None  # scaled_dot_product_attention itself, with masks in this form (a key of ``spelled.CALLS``)
-    )
+    called: str | None = None  # as a call of torch's own, with masks in this form (a key of ``spelled.CALLS``)
     dynamic: str | None = None  # which sizes are symbolic
     front: str = "graph"
     inner: str = "eager"  # behind the torch.compile front

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from tests.fuzz.masks import KEEP
+from tests.fuzz.masks import keeps
 from tests.fuzz.programs import Bias, Cap, Floor, Mask, Number, Program, Scale, Step, ToFloat
 from tests.fuzz.spelled import MODULE_SCALES, SCALES, TENSOR_SCALES
 
@@ -125,7 +125,7 @@ def _by_a_kernel_with(p: Program) -> str | None:
     if p.kernel == "fuzz_tensor":
         return "no kernel has a sink and takes any mask" if p.sink else None
     if p.kernel == "fuzz_forms":
-        spelled = [KEEP[mask.kind][mask.spelling % len(KEEP[mask.kind])] for mask in p.masks]
+        spelled = [keeps(mask.kind, mask.spelling) for mask in p.masks]
         if any(one.needs == "causal_buffer" for one in spelled):
             return "a mask in a buffer is data, which flash-attn has no argument for"
         if clamped and kinds & _KEYS:

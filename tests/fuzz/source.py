@@ -287,7 +287,7 @@ class Source:
             self._say(masks.ADD[step.form].format(s="s", b="bias.to(s.dtype)"))
         else:
             assert isinstance(step, Mask)
-            spelled = masks.KEEP[step.kind][step.spelling % len(masks.KEEP[step.kind])]
+            spelled = masks.keeps(step.kind, step.spelling)
             self._need(spelled.needs)
             self._say(f"keep = {self._like_scores(spelled.text, two=spelled.two)}")
             if p.damage and DAMAGES[p.damage].at == "mask":
@@ -302,7 +302,7 @@ class Source:
         assert p.called is not None
         seen: list[str] = []
         for mask in p.masks:
-            spelled = masks.KEEP[mask.kind][mask.spelling % len(masks.KEEP[mask.kind])]
+            spelled = masks.keeps(mask.kind, mask.spelling)
             self._need(spelled.needs)
             seen.append(f"({spelled.text})")
         given = "None"

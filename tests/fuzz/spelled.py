@@ -171,7 +171,7 @@ RESULTS = {
     "written through a view": ["o = o.transpose(1, 2)", "o[:, 0].zero_()"],
 }
 
-# How the mask {m} of a call is written; the first leaves it boolean.
+# How the mask {m} of a call is written: it stays boolean, or a number {f} is added where it is off.
 CALLS = {
     "boolean": "mask = {m}",
     "boolean, whole": "mask = ({m}).expand(B, H, Q, K)",

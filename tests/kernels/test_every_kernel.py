@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import attnpass
 from attnpass.kernels import Kernel, kernels
 from attnpass.kernels.base import Capabilities
 from attnpass.kernels.flash3 import Flash3Hub
@@ -187,10 +186,8 @@ def for_this_device() -> list[Kernel]:
 
 
 @pytest.fixture(autouse=True)
-def _fresh(fresh_dynamo: None) -> Iterator[None]:
-    attnpass.reset()
-    yield
-    attnpass.reset()
+def _fresh(fresh_attnpass: None) -> None:
+    pass
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=lambda feature: feature.name)

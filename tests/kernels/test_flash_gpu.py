@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import attnpass
 from attnpass.kernels.flash import Flash, FlashVarlen
 from attnpass.kernels.flash3 import Flash3, Flash3Hub, FlashVarlen3
 from attnpass.kernels.flash_base import FlashKernel
@@ -40,10 +38,8 @@ PROBLEMS = list(dict.fromkeys(problems(widths=ALIKE + UNLIKE)))
 
 
 @pytest.fixture(autouse=True)
-def _fresh(fresh_dynamo: None) -> Iterator[None]:
-    attnpass.reset()
-    yield
-    attnpass.reset()
+def _fresh(fresh_attnpass: None) -> None:
+    pass
 
 
 def here(kind: type[FlashKernel]) -> FlashKernel:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,7 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-import attnpass
 from attnpass.graph import Builder, State
 from attnpass.kernels import Kernel, native, native_named, operands
 from attnpass.kernels.native import Native
@@ -35,10 +33,8 @@ by_case = pytest.mark.parametrize("case", MASKS, ids=lambda case: case.name)
 
 
 @pytest.fixture(autouse=True)
-def _fresh(fresh_dynamo: None) -> Iterator[None]:
-    attnpass.reset()
-    yield
-    attnpass.reset()
+def _fresh(fresh_attnpass: None) -> None:
+    pass
 
 
 # -- on the CPU, where two of them run ---------------------------------------------------------------------------------

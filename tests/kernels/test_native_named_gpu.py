@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import attnpass
 from attnpass.kernels import Kernel
 from attnpass.kernels.native_named import NativeCudnn, NativeEfficient, NativeFlash, NativeMath
 from tests.flex_cases import SCALE, Attention, Case, inputs
@@ -36,10 +33,8 @@ SHAPES = [(200, 200, 64, 2), (1024, 1024, 128, 1), (97, 1024, 80, 4), (7, 7, 20,
 
 
 @pytest.fixture(autouse=True)
-def _fresh(fresh_dynamo: None) -> Iterator[None]:
-    attnpass.reset()
-    yield
-    attnpass.reset()
+def _fresh(fresh_attnpass: None) -> None:
+    pass
 
 
 def available(kind: type[Kernel]) -> Kernel:

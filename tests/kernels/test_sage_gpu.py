@@ -5,14 +5,12 @@ Its errors are those of few bits, so they are measured by L2 over all of a resul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-import attnpass
 from attnpass.kernels.sage import (
     Sage,
     SageFp8Cuda,
@@ -36,10 +34,8 @@ SHAPES = ((1, 1), (7, 7), (64, 64), (128, 128), (200, 200), (1024, 1024), (1, 20
 
 
 @pytest.fixture(autouse=True)
-def _fresh(fresh_dynamo: None) -> Iterator[None]:
-    attnpass.reset()
-    yield
-    attnpass.reset()
+def _fresh(fresh_attnpass: None) -> None:
+    pass
 
 
 def there(kind: type[SageKernel]) -> SageKernel:
