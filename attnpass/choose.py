@@ -12,6 +12,7 @@ where that is allowed, however it is named, and a kernel that is there to be nam
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ from attnpass.policy import Policy
 from attnpass.prove import Proved
 from attnpass.reasons import Reason, reason
 from attnpass.site import Site
+
+_ALIKE = 1.03  # what was measured of one kernel differs by as much from one day to another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +118,15 @@ def _named(site: Site, asked: Sequence[str], willing: Collection[str]) -> tuple[
 
 
 def _by_cost(verdicts: list[Verdict]) -> list[Verdict]:
-    """Those that tell no cost keep their order, behind those that do."""
-    return sorted(verdicts, key=lambda verdict: float("inf") if verdict.cost_us is None else verdict.cost_us)
+    """Those that tell no cost keep their order, behind those that do; and so do those that are as good as the best."""
+    least = min((v.cost_us for v in verdicts if v.cost_us is not None), default=0.0)
+
+    def expected(verdict: Verdict) -> float:
+        if verdict.cost_us is None:
+            return math.inf
+        return least if verdict.cost_us <= _ALIKE * least else verdict.cost_us
+
+    return sorted(verdicts, key=expected)
 
 
 def _gainful(site: Site, verdicts: list[Verdict], policy: Policy) -> list[Verdict]:

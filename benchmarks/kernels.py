@@ -227,11 +227,11 @@ def products(device: str, dtype: str) -> float:
 def table(found: list[Row], old: dict[str, Any], device: str, dtype: str) -> dict[str, Any]:
     """What rates.json says of a device, with what was measured in place of what was there."""
     masks = {"tensor": "tensor", "functions": "blocks", "forms": "bounds"}
-    from attnpass.kernels import kernels
+    from attnpass.kernels import Kernel, kernels
 
     out = dict(old.get("kernels", {}))
     kept = {name: {"keys": k["tflops"]["keys"]} for name, k in out.items() if "keys" in k["tflops"]}
-    for kernel in kernels():
+    for kernel in (kernel for kernel in kernels() if type(kernel).cost is not Kernel.cost):
         tflops: dict[str, dict[str, float]] = {}
         for row in found:
             # a window is expected from the rate of a causal mask: it depends on how wide it is; masks over keys alone
@@ -239,7 +239,10 @@ def table(found: list[Row], old: dict[str, Any], device: str, dtype: str) -> dic
             if (row.kernel, row.dtype) == (kernel.name, dtype) and row.tflops and row.form not in ("window", "keys"):
                 tflops.setdefault(row.form, {})[str(row.shape[-1])] = digits(row.tflops)
         if tflops:
-            out[kernel.name] = {"masks": masks[kernel.takes], "tflops": {**tflops, **kept.get(kernel.name, {})}}
+            by_width = {
+                form: dict(sorted(rates.items(), key=lambda rate: int(rate[0]))) for form, rates in tflops.items()
+            }
+            out[kernel.name] = {"masks": masks[kernel.takes], "tflops": {**by_width, **kept.get(kernel.name, {})}}
     day = datetime.datetime.now(tz=datetime.UTC).date()
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     return {
@@ -254,7 +257,8 @@ def table(found: list[Row], old: dict[str, Any], device: str, dtype: str) -> dic
 
 def digits(x: float) -> float:
     """Three of them."""
-    return float(f"{x:.3g}")
+    rounded = float(f"{x:.3g}")
+    return int(rounded) if rounded.is_integer() else rounded
 
 
 def text(sections: dict[str, dict[str, Any]]) -> str:

@@ -119,6 +119,14 @@ def test_a_named_kernel_is_taken_before_a_cheaper_one(fake: Make) -> None:
     assert kernels_of(report_of(kernel="native")) == ["native"] * 3
 
 
+def test_kernels_that_are_as_good_as_the_cheapest_keep_their_order(fake: Make) -> None:
+    """One and the same kernel differs by more from one measurement to another; what comes last is asked first."""
+    fake("cheapest", cost=100.0)
+    fake("as good", cost=102.0)
+    fake("dearer", cost=104.0)
+    assert kernels_of(report_of()) == ["as good"] * 3
+
+
 def test_where_a_named_kernel_cannot_serve_the_next_best_is_taken_and_the_report_tells_why(fake: Make) -> None:
     fake("away", missing="package away is not installed")
     fake("narrow", max_width=8)

@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 import attnpass
 from attnpass.capture.dynamo import backend
 from attnpass.recognize.ops import op_name
+from tests.test_zoo_gpu import FLOORS, on_cuda
 from tests.zoo.heads import repeat_kv
 from tests.zoo.numbers import complaints, run, truth
 
@@ -44,16 +45,16 @@ class Encoder(nn.Module):
         return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ repeat_kv(v, self.groups)
 
 
-def inputs(dtype: torch.dtype = torch.float32, *, kv_heads: int = 4) -> tuple[Tensor, ...]:
+def inputs(dtype: torch.dtype = torch.float32, *, kv_heads: int = 4, width: int = 16) -> tuple[Tensor, ...]:
     """The first sequence is all padding."""
     g = torch.Generator().manual_seed(0)
-    q = torch.randn(3, 4, 40, 16, generator=g).to(dtype)
-    k, v = (torch.randn(3, kv_heads, 24, 16, generator=g).to(dtype) for _ in range(2))
+    q = torch.randn(3, 4, 40, width, generator=g).to(dtype)
+    k, v = (torch.randn(3, kv_heads, 24, width, generator=g).to(dtype) for _ in range(2))
     pad = torch.arange(24) < torch.tensor([[0], [24], [9]])
     return *(x.requires_grad_() for x in (q, k, v)), pad
 
 
-def held(module: nn.Module, given: tuple[Tensor, ...]) -> set[str]:
+def held(module: nn.Module, given: tuple[Tensor, ...], floors: dict[torch.dtype, float] | None = None) -> set[str]:
     """The operations of the rewritten graph; its results and gradients are as near to float64 as the original's."""
     graphs: list[GraphModule] = []
 
@@ -61,11 +62,11 @@ def held(module: nn.Module, given: tuple[Tensor, ...]) -> set[str]:
         graphs.append(gm)
         return gm.forward
 
-    call = torch.compile(module, backend=backend, options={"inner": inner})
+    call = torch.compile(module, backend=backend, options={"inner": inner, "kernel": "native"})
     plain, exact = run(module, given, grad=True), truth(module, given, grad=True)
     for name in ("grad of input 0", "grad of input 1"):
         assert exact.tensors[name][0].abs().max() > 1e-3, "what is to be compared would be nothing"
-    assert not complaints(run(module, given, call=call, grad=True), plain, exact)
+    assert not complaints(run(module, given, call=call, grad=True), plain, exact, floors=floors)
     (site,) = attnpass.report().sites
     assert site.kernel == "native"
     (graph,) = graphs
@@ -76,6 +77,15 @@ def held(module: nn.Module, given: tuple[Tensor, ...]) -> set[str]:
 @pytest.mark.parametrize("groups", [1, 2])
 def test_the_kernel_itself_answers_and_has_the_gradients(dtype: torch.dtype, groups: int) -> None:
     ops = held(Encoder(groups), inputs(dtype, kv_heads=4 // groups))
+    assert not ops & {"mean", "matmul"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("dtype", "floored"), [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False)])
+def test_so_do_the_kernels_of_a_gpu(dtype: torch.dtype, groups: int, floored: bool) -> None:
+    given = on_cuda(inputs(dtype, kv_heads=4 // groups, width=64))
+    ops = held(Encoder(groups, floored=floored), given, FLOORS)
     assert not ops & {"mean", "matmul"}
 
 

@@ -38,6 +38,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnpass.kernels import ops
+
 _ALIGNED = 16  # bytes that one instruction of these kernels loads
 
 
@@ -187,13 +189,10 @@ def define(vendor: Vendor) -> Callable[..., Any]:
         dsink = lse.new_empty(0) if sink is None else sink.new_empty(sink.shape)
         return (*(x.new_empty(_swapped(x.shape)).transpose(1, 2) for x in (q, k, v)), dsink)
 
-    name = f"attnpass::{vendor.name}"
     # an operation that draws random numbers is neither merged with an equal one nor run again
     tags = (torch.Tag.nondeterministic_seeded,) if vendor.random else ()
-    op = torch.library.custom_op(name, forward, mutates_args=(), schema=_FORWARD, tags=tags)
-    op.register_fake(fake)
-    back = torch.library.custom_op(f"{name}_backward", backward, mutates_args=(), schema=_BACKWARD)
-    back.register_fake(fake_backward)
+    op = ops.register(vendor.name, _FORWARD, forward, fake, tags)
+    back = ops.register(f"{vendor.name}_backward", _BACKWARD, backward, fake_backward)
 
     def gradients(ctx: Any, dout: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
         *tensors, slopes, sink, order, ends = ctx.saved_tensors
@@ -202,7 +201,7 @@ def define(vendor: Vendor) -> Callable[..., Any]:
         return (dq, dk, dv, None, None if sink is None else dsink, None, None, *(None,) * _PLANNED)
 
     op.register_autograd(gradients, setup_context=_saved)
-    return op._opoverload
+    return op._opoverload  # type: ignore[no-any-return]
 
 
 def _saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -270,7 +269,7 @@ def _swapped(shape: torch.Size) -> tuple[int, ...]:
 
 def _batched(x: Tensor, q: Tensor) -> Tensor:
     """(batch, queries, heads, width), packed or not."""
-    return x.view(q.shape[0], q.shape[2], *x.shape[-2:])
+    return x if x.dim() == 4 else x.view(q.shape[0], q.shape[2], *x.shape[-2:])
 
 
 def _by_batch(lse: Tensor, q: Tensor) -> Tensor:

@@ -1,15 +1,52 @@
 """Operations of our own, where a compiler must not look into what stands between two others.
 
-They are registered when they are first asked for: a bare import registers nothing.
+They are registered when they are first asked for: a bare import registers nothing. Each has two forms,
+
+    attnpass::<name>         for graphs: has its gradient, or says that it has none
+    attnpass::<name>_only    for code that inductor has written: the same function, and nothing around it
+
+because a graph that waits for its next launch waits for what is around it, too: torch enters Python twice for an
+operation that has a gradient, even where none is asked for. Inductor gets a graph in which gradients are operations
+already (so does AOTInductor, which has none), and puts the second form there by its table of decompositions. No other
+table has it: a program that is exported keeps the first form, whatever is done with it.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+
+def register(
+    name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any], tags: Sequence[torch.Tag] = ()
+) -> Any:
+    """Registers ``attnpass::<name>``, a function without side effects whose results are new memory."""
+    op = torch.library.custom_op(f"attnpass::{name}", forward, mutates_args=(), schema=schema, tags=tags)
+    op.register_fake(fake)
+    _register_only(op._opoverload, f"attnpass::{name}_only", schema, forward, fake)
+    return op
+
+
+def _register_only(
+    op: torch._ops.OpOverload, name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any]
+) -> None:
+    torch.library.define(name, schema, tags=op.tags)
+    torch.library.impl(name, "default", torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
+    torch.library.register_fake(name, fake)
+    only = getattr(torch.ops.attnpass, name.removeprefix("attnpass::")).default
+
+    def decomposed(*args: Any) -> Any:
+        return only(*args)
+
+    try:
+        from torch._inductor.decomposition import decompositions, select_decomp_table
+    except ImportError:  # no inductor, or one of another time: it takes the first form as well
+        return
+    for table in (decompositions, select_decomp_table()):  # the second may be a copy that was made before
+        table[op] = decomposed
 
 
 @functools.cache
@@ -27,5 +64,4 @@ def apart() -> Callable[..., Any]:
     def copy(x: torch.Tensor) -> torch.Tensor:
         return x.clone(memory_format=torch.contiguous_format)
 
-    torch.library.custom_op("attnpass::apart", copy, mutates_args=()).register_fake(copy)
-    return torch.ops.attnpass.apart.default
+    return register("apart", "(Tensor x) -> Tensor", copy, copy)._opoverload  # type: ignore[no-any-return]

@@ -33,6 +33,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from attnpass.kernels import ops
 from attnpass.kernels.flash_ops import aligned
 
 _BLOCK = 128  # queries that one causal block holds
@@ -84,11 +85,9 @@ def operation(form: str) -> Callable[..., Any]:
 
 @functools.cache
 def _defined(captured: bool) -> Callable[..., Any]:
-    name = "attnpass::sage" if captured else "attnpass::sage_uncaptured"
+    name = "sage" if captured else "sage_uncaptured"
     tags = () if captured else (torch.Tag.cudagraph_unsafe,)
-    op = torch.library.custom_op(name, _attend, mutates_args=(), schema=_SCHEMA, tags=tags)
-    op.register_fake(_fake)
-    return op._opoverload
+    return ops.register(name, _SCHEMA, _attend, _fake, tags)._opoverload  # type: ignore[no-any-return]
 
 
 def _fake(

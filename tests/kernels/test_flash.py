@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import math
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,7 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.utils import fresh_cache, run_and_get_code
+from torch.fx import GraphModule
 
 import attnpass
 from attnpass import functions
@@ -130,6 +135,40 @@ def test_an_operation_is_what_torch_takes_it_for(kind: type[FlashKernel], layout
         torch.library.opcheck(back, (torch.randn_like(out), x.q, x.k, x.v, out, lse, rng, *args[3:]))
     # the model's transpose and reshape are views
     assert out.transpose(1, 2).is_contiguous()
+
+
+@by_operation
+@pytest.mark.parametrize("grad", [False, True], ids=["forward", "backward"])
+def test_inductor_calls_the_function_alone(kind: type[FlashKernel], grad: bool) -> None:
+    """Without what torch puts around an operation that has a gradient."""
+    through = Through(module := Attention(BY_NAME["causal"]), on_cpu(kind), inner="inductor")
+    x = inputs(width=32, grad=grad)
+    with fresh_cache():
+        failed, code = run_and_get_code(held_to_float64, module, x, through, grad=grad, floors=FLOORS)
+    assert not failed
+    called = set(re.findall(r"torch\.ops\.attnpass\.(\w+)", "\n".join(code)))
+    name = kind.vendor.name
+    assert called == {f"{name}_only", *([f"{name}_backward_only"] if grad else [])}
+    only = getattr(torch.ops.attnpass, f"{name}_only").default
+    assert only.tags == define(kind.vendor).tags  # type: ignore[attr-defined]
+
+
+def test_other_compilers_keep_the_operation_that_has_a_gradient() -> None:
+    graphs: list[GraphModule] = []
+
+    def keep(gm: GraphModule, example_inputs: Any) -> Any:
+        graphs.append(gm)
+        return make_boxed_func(gm.forward)
+
+    op = define(Flash3.vendor)
+    x = given(Problem(width=16), "cpu", torch.float32)
+    compiled = torch.compile(
+        lambda q: op(q, x.k, x.v, None, None, None, None, 0.3, -1, -1, 0.0, 0.0, False)[0],
+        backend=aot_autograd(fw_compiler=keep, decompositions=torch.export.default_decompositions()),
+    )
+    with torch.no_grad():
+        compiled(x.q)
+    assert [node.target for node in graphs[0].graph.nodes].count(op) == 1
 
 
 def test_the_result_of_odd_widths_of_values_has_the_strides_of_its_fake() -> None:
