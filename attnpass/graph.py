@@ -91,10 +91,11 @@ def no_new_condition(env: ShapeEnv | None) -> Iterator[None]:
         if type(error).__name__ != "_ShapeEnvGuardError":  # not there in torch 2.11
             raise
         raise Refuse("new_condition", detail=first_line(error)) from error
-    new = [guard.expr for guard in env.guards[known:]]
-    del env.guards[known:]
-    counted = env.counter["ignored_backward_guard"] > ignored
-    env.counter["ignored_backward_guard"] = ignored
+    finally:  # a call that ends in any other way is not taken either, and nothing of it stays
+        new = [guard.expr for guard in env.guards[known:]]
+        del env.guards[known:]
+        counted = env.counter["ignored_backward_guard"] > ignored
+        env.counter["ignored_backward_guard"] = ignored
     if counted and not new:  # torch 2.11: an environment that is closed only counts
         raise Refuse("new_condition", detail="one that torch does not name")
     if any(map(matters, new)):

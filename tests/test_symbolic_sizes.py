@@ -11,9 +11,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import attnpass
 from attnpass.capture.dynamo import backend
+from attnpass.graph import no_new_condition
 
 LONGEST, BATCH, HEADS, WIDTH = 64, 2, 4, 16
 
@@ -87,3 +89,16 @@ def test_the_same_in_an_exported_program(lead: str, cut: Callable[[Tensor, int],
     (site,) = report.sites
     assert site.replaced, site.reason
     assert not report.failures
+
+
+def test_what_a_call_asked_for_before_it_failed_is_forgotten() -> None:
+    """Another kernel is taken then; torch 2.11 tells of such conditions by a count for the whole graph."""
+    env = ShapeEnv()
+
+    def fails() -> None:
+        env.counter["ignored_backward_guard"] += 2
+        raise ValueError("this one will not do")
+
+    with pytest.raises(ValueError, match="will not do"), no_new_condition(env):
+        fails()
+    assert not env.counter["ignored_backward_guard"]
