@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from attnpass.graph import Builder, Shared, tensor
+from attnpass.graph import Builder, Shared, is_one, tensor, value
 from attnpass.kernels.ops import apart
 from attnpass.layers import Dense
 from attnpass.masks import MaskProof
 from attnpass.masks.blocks import BLOCK, judged, listed
 from attnpass.masks.expr import Expr, Fn, Load, Poly, Sym, Value, Var, walk
+from attnpass.masks.frame import Frame
 from attnpass.masks.ranges import integer_bounds
 from attnpass.masks.render import Renderer, SizeNodes
 from attnpass.masks.structure import Structure
@@ -42,6 +43,7 @@ from attnpass.tame import addend, score_key, stepped, tameness, unless
 from attnpass.tame import rows_with_a_key as tame_rows
 
 aten = torch.ops.aten
+_FEW_QUERIES = 16  # rows of the narrowest tile
 
 
 def obstacles(proved: Proved, *, while_tame: bool = False) -> Iterator[Reason]:
@@ -309,13 +311,15 @@ def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None, tame
 
     def make() -> BlockLists:
         found = judged(structure, b, frame, proof.sizes, writer.nodes, device=device)
-        part, full = found.some, found.full
+        part, full = found.some, None if _few_queries(frame) and device.type != "cpu" else found.full
         if tame is not None:
             every = judged(opaque, b, frame, proof.sizes, writer.nodes, device=device).some
             part = b.call(aten.where.self, tame, part, every)
             full = None if full is None else b.call(aten.logical_and.default, full, tame)
         if full is not None:
             part = b.call(aten.logical_and.default, part, b.call(aten.logical_not.default, full))
+        elif device.type == "cpu":  # inductor's template for one query counts them, there or not (torch 2.13)
+            full = b.call(aten.zeros_like.default, part)
         return BlockLists(
             size=BLOCK,
             part_rows=_listed(b, part),
@@ -328,8 +332,19 @@ def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None, tame
     return shared.all(key, b, make, _nodes)
 
 
+def _few_queries(frame: Frame) -> bool:
+    """So few that a kernel waits for keys and values whatever it does with the scores: then the function may as well
+    look at full blocks, and lists of these need not be made.
+    """
+    queries = frame.queries.value
+    return queries is not None and queries <= _FEW_QUERIES
+
+
 def _listed(b: Builder, blocks: Node) -> tuple[Node, Node]:
-    many, which = listed(b.call, blocks)
+    marks = value(blocks)
+    many, which = listed(b.call, blocks, marks.shape, marks.device)
+    if marks.device.type != "cpu" and all(is_one(size) for size in marks.shape[:2]):
+        return many, which  # of one batch row and one head: no stride is taken for that of another
     return b.call(apart(), many), b.call(apart(), which)
 
 

@@ -223,7 +223,8 @@ def test_sites_of_one_mask_share_functions_and_blocks(as_on_cuda: None) -> None:
     assert third.args[4] == first.args[4]
     assert fourth.args[4] == second.args[4]
     assert first.args[4] != second.args[4]
-    assert sum(node.target is torch.ops.aten.argsort.stable for node in found.gm.graph.nodes) == 8
+    in_each = 3  # the blocks of a row, those up to each, and each that is listed
+    assert sum(node.target is torch.ops.aten.sum.dim_IntList for node in found.gm.graph.nodes) == 8 * in_each
 
 
 class SelfAttention(Attention):
@@ -481,6 +482,23 @@ def test_operands_that_are_views_through_inductor() -> None:
 @pytest.mark.slow
 def test_every_case_through_inductor() -> None:
     module, given = Attention(*CASES), inputs()
+    found = Flexed(module, inner="inductor")
+    assert not held_to_float64(module, given, found, grad=False)
+    assert set(found.kernels) == {"flex"}
+
+
+def test_one_query_and_a_sink_through_inductor() -> None:
+    """Its template for one query counts full blocks where there is no list of them."""
+    sink = next(case for case in CASES if case.name == "sink_and_padding")
+    module, given = Attention(sink), inputs(1300, queries=1)
+    found = Flexed(module, inner="inductor")
+    assert not held_to_float64(module, given, found, grad=False)
+    assert found.kernels == ["flex"]
+
+
+@pytest.mark.slow
+def test_every_case_with_one_query_through_inductor() -> None:
+    module, given = Attention(*CASES), inputs(1300, queries=1)
     found = Flexed(module, inner="inductor")
     assert not held_to_float64(module, given, found, grad=False)
     assert set(found.kernels) == {"flex"}

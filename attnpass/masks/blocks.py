@@ -20,8 +20,9 @@ cost time only. A block is full only where every conjunct keeps all of it.
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,7 @@ from attnpass.masks.structure import Document, Limit, Structure
 aten = torch.ops.aten
 Thing = Any  # a node or a tensor: whatever `call` takes and gives
 BLOCK = 128
+_COMPARED = 1 << 22  # comparisons of blocks with one another that take less than a sort: up to 20,000 queries and keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,10 +232,31 @@ def judged(
     return judge(structure)
 
 
-def listed(call: Callable[..., Thing], blocks: Thing) -> tuple[Thing, Thing]:
-    """Per row of blocks, how many are marked and which: their numbers first, in order (torch's own form)."""
-    marks = call(aten.to.dtype, blocks, torch.int32)
-    many = call(aten.sum.dim_IntList, marks, [-1], dtype=torch.int32)
-    which = call(aten.argsort.stable, marks, stable=True, dim=-1, descending=True)
+def listed(
+    call: Callable[..., Thing], blocks: Thing, shape: Sequence[Any], device: torch.device
+) -> tuple[Thing, Thing]:
+    """Per row of blocks, how many are marked and which: their numbers first, in order. Behind them is any number of a
+    block, which nobody reads.
+    """
+    many = call(aten.sum.dim_IntList, blocks, [-1], dtype=torch.int32)
+    if all(isinstance(size, int) for size in shape) and math.prod(shape) * shape[-1] <= _COMPARED:
+        which = _compared(call, blocks, shape[-1], device)
+    else:
+        marks = call(aten.to.dtype, blocks, torch.int32)
+        which = call(aten.argsort.stable, marks, stable=True, dim=-1, descending=True)
     first, second = (call(aten.contiguous.default, call(aten.to.dtype, x, torch.int32)) for x in (many, which))
     return first, second
+
+
+def _compared(call: Callable[..., Thing], blocks: Thing, count: int, device: torch.device) -> Thing:
+    """The block of a rank is as far in as there are blocks up to which no more than that are marked.
+
+    Two sums that a compiler makes a loop of each, with all that the marks come from; a sort is several kernels and a
+    call that it does not look into, which one token behind a cache waits for.
+    """
+    at = call(aten.arange.default, count, device=device)
+    ahead = call(aten.unsqueeze.default, at, -1)
+    upto = call(aten.logical_and.default, call(aten.unsqueeze.default, blocks, -2), call(aten.le.Tensor, at, ahead))
+    marked = call(aten.sum.dim_IntList, upto, [-1], dtype=torch.int32)
+    before = call(aten.le.Tensor, call(aten.unsqueeze.default, marked, -2), ahead)
+    return call(aten.clamp.default, call(aten.sum.dim_IntList, before, [-1], dtype=torch.int32), None, count - 1)

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from attnpass.masks import blocks
 from attnpass.masks.blocks import Judge, listed
 from attnpass.masks.expr import TRUE, Bool, Load, Poly, of, poly
 from attnpass.masks.frame import Frame, frame
@@ -224,13 +225,25 @@ def test_what_stays_dense_is_computed_in_every_block() -> None:
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-def test_blocks_are_listed_as_torch_lists_them(transposed: bool) -> None:
+@pytest.mark.parametrize("sorted_", [False, True])
+def test_blocks_are_listed_as_torch_lists_them(
+    transposed: bool, sorted_: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.nn.attention.flex_attention import _dense_to_ordered
 
-    marks = torch.rand(2, 1, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.5
+    if sorted_:
+        monkeypatch.setattr(blocks, "_COMPARED", 0)
+    g = torch.Generator().manual_seed(0)
+    marks = torch.rand(20, 1, 5, 7, generator=g) < torch.rand(20, 1, 1, 1, generator=g)
+    marks[0], marks[1] = False, True
     marks = marks.transpose(-2, -1) if transposed else marks
-    ours = listed(lambda op, *args, **kwargs: op(*args, **kwargs), marks)
-    for mine, theirs in zip(ours, _dense_to_ordered(marks), strict=True):
-        assert mine.dtype == theirs.dtype == torch.int32
+    many, which = listed(lambda op, *args, **kwargs: op(*args, **kwargs), marks, marks.shape, CPU)
+    theirs = _dense_to_ordered(marks)
+    for mine, other in zip((many, which), theirs, strict=True):
+        assert mine.dtype == other.dtype == torch.int32
         assert mine.is_contiguous()
-        assert torch.equal(mine, theirs)
+    assert torch.equal(many, theirs[0])
+    counted = torch.arange(marks.shape[-1]) < many[..., None]
+    assert torch.equal(which[counted], theirs[1][counted])
+    assert 0 <= int(which.min()) <= int(which.max()) < marks.shape[-1]
+    assert not sorted_ or torch.equal(which, theirs[1])
