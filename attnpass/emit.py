@@ -16,7 +16,7 @@ from torch.fx import Graph, Node
 from attnpass.arrange import Sizes, arrange
 from attnpass.closed import forms
 from attnpass.errors import Refuse
-from attnpass.functions import answers, functions, rows_with_a_key
+from attnpass.functions import answered_within, answers, functions, rows_with_a_key
 from attnpass.graph import Builder, Shared, fake_mode_of, tensor
 from attnpass.kernels.base import Kernel
 from attnpass.layers import Dense, answered, as_given, dense_mask, hushed, multiplied
@@ -92,21 +92,24 @@ def _by_meaning(b: Builder, proved: Proved, kernel: Kernel, shared: Shared, call
     told = kernel.gives_lse(spec)
     sink = _sink(b, site, sizes)
     afterwards = sink is not None and told and kernel.takes == "functions"
+    within = False  # rows without a key are answered by the kernel
     if kernel.takes == "forms":
         call = replace(call, forms=forms(b, proved, shared, sink))
     else:
         if sink is not None and not told:
             k, v = (b.call(aten.constant_pad_nd.default, node, [0, 0, 0, 1]) for node in (call.k, call.v))
             call = replace(call, k=k, v=v)
-        call = replace(call, functions=functions(b, proved, shared, sink=None if told else sink))
-    empty = site.rows is not EmptyRow.IMPOSSIBLE and sink is None  # beside a sink it is zero
+        rows = rows_with_a_key(b, proved, shared) if answered_within(proved) else None
+        call = replace(call, functions=functions(b, proved, shared, sink=None if told else sink, alive=rows))
+        within = rows is not None
+    empty = site.rows is not EmptyRow.IMPOSSIBLE and sink is None and not within  # beside a sink it is zero
     out, lse = kernel.emit_with_lse(b, call) if told and (empty or afterwards) else (kernel.emit(b, call), None)
     if afterwards and sink is not None and lse is not None:
         return sunk(b, out, lse, sink)
     out = _own(b, site, out)
     if not empty:
         return out
-    rows = rows_with_a_key(b, proved, shared) if lse is None else alive(b, lse)
+    rows = alive(b, lse) if lse is not None else rows_with_a_key(b, proved, shared)
     for dense in answers(b, proved, shared, rows):
         out = answered(b, out, call, dense, sizes, site)
     return out

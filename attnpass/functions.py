@@ -72,8 +72,13 @@ def _symbolic(node: Node) -> bool:
     return val is None or not all(isinstance(size, int) for size in val.shape)
 
 
-def functions(b: Builder, proved: Proved, shared: Shared, *, sink: Node | None = None) -> Functions:
-    """The functions of a site that has no obstacles; `sink` is to be an extra key, behind the others."""
+def functions(
+    b: Builder, proved: Proved, shared: Shared, *, sink: Node | None = None, alive: Node | None = None
+) -> Functions:
+    """The functions of a site that has no obstacles; `sink` is to be an extra key, behind the others.
+
+    `alive`: the rows with a key. In others every key gets the same score, so that a kernel answers with the mean.
+    """
     site, proof = proved.site, proved.proof
     assert proof is not None
     writer = _Writer(b, proof, site, shared)
@@ -81,24 +86,33 @@ def functions(b: Builder, proved: Proved, shared: Shared, *, sink: Node | None =
     read = [a.bias.value for a in proof.biases] + ([proof.keep] if proved.while_tame is not None else [])
 
     def made(key: Hashable, make: Callable[[], _Made]) -> _Made:
-        place = (key, proof.frame.lengths, site.device, sink, tame)
+        place = (key, proof.frame.lengths, site.device, sink, tame, alive)
         return shared.all(place, b, make, lambda function: (function[0], *function[1]))
 
     keep, keep_reads = made(
         ("keep", proof.keep),
-        lambda: writer.function(("b", "h", "i", "j"), [proof.keep], lambda f: _keep(f, proof, tame, sink)),
+        lambda: writer.function(("b", "h", "i", "j"), [proof.keep], lambda f: _keep(f, proof, tame, sink, alive)),
     )
     score, score_reads = made(
         ("score", site.softcap, *score_key(proved)),
-        lambda: writer.function(("score", "b", "h", "i", "j"), read, lambda f: _score(f, proved, sink)),
+        lambda: writer.function(("score", "b", "h", "i", "j"), read, lambda f: _score(f, proved, sink, alive)),
     )
     return Functions(
         score=score,
         score_reads=score_reads,
         keep=keep,
         keep_reads=keep_reads,
-        blocks=_blocks(b, writer, shared, sink, tame),
+        blocks=_blocks(b, writer, shared, sink, tame, alive),
     )
+
+
+def answered_within(proved: Proved) -> bool:
+    """Rows without a key are better answered by the kernel than by one more look at all values: where there are so few
+    queries that these are most of what is read. Gradients, which such a row may send to its scores, are not asked for.
+    """
+    site, proof = proved.site, proved.proof
+    mean = site.rows is EmptyRow.MEAN and site.sink is None and not site.spec.grad
+    return mean and proof is not None and proved.while_tame is None and _few_queries(proof.frame)
 
 
 def rows_with_a_key(b: Builder, proved: Proved, shared: Shared) -> Node:
@@ -246,13 +260,24 @@ def _fits(p: Poly) -> bool:
     return total < 2**31
 
 
-def _keep(f: _Body, proof: MaskProof, tame: Node | None, sink: Node | None) -> Node:
+def _keep(f: _Body, proof: MaskProof, tame: Node | None, sink: Node | None, alive: Node | None) -> Node:
     is_sink, inside = _beside(f) if sink is not None else (None, f.args["j"])
     seen = unless(f.call, None if tame is None else f.read(tame), f.render(proof.keep, torch.bool, inside))
+    if alive is not None:
+        seen = f.call(aten.logical_or.default, seen, f.call(aten.logical_not.default, _of_row(f, alive)))
     return seen if is_sink is None else f.call(aten.logical_or.default, is_sink, seen)
 
 
-def _score(f: _Body, proved: Proved, sink: Node | None) -> Node:
+def _of_row(f: _Body, rows: Node) -> Node:
+    """What a tensor over (batch, heads, queries, 1) holds for the row of this score."""
+    val = tensor(rows)
+    assert val is not None
+    zero = f.call(aten.mul.Tensor, f.args["j"], 0)
+    at = [zero if is_one(size) else f.args[name] for size, name in zip(val.shape[:3], "bhi", strict=True)]
+    return f.call(aten.index.Tensor, f.read(rows), [*at, zero])
+
+
+def _score(f: _Body, proved: Proved, sink: Node | None, alive: Node | None) -> Node:
     x, j, proof, cap = f.args["score"], f.args["j"], f.writer.proof, proved.site.softcap
     if isinstance(cap, Node):
         cap = f.read(_as_tensor(f.writer, cap))
@@ -268,13 +293,9 @@ def _score(f: _Body, proved: Proved, sink: Node | None) -> Node:
     else:
         for added in proof.biases:
             x = f.call(aten.add.Tensor, x, addend(f.call, render, added))
-    if sink is None:
-        return x
-    val = tensor(sink)
-    assert val is not None
-    zero = f.call(aten.mul.Tensor, j, 0)
-    at = [zero if size == 1 else f.args[name] for size, name in zip(val.shape[:3], "bhi", strict=True)]
-    return f.call(aten.where.self, is_sink, f.call(aten.index.Tensor, f.read(sink), [*at, zero]), x)
+    if alive is not None:
+        x = f.call(aten.where.ScalarOther, _of_row(f, alive), x, 0.0)
+    return x if sink is None else f.call(aten.where.self, is_sink, _of_row(f, sink), x)
 
 
 def _as_tensor(writer: _Writer, scalar: Node) -> Node:
@@ -300,7 +321,9 @@ def _beside(f: _Body) -> tuple[Node, Node]:
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None, tame: Node | None) -> BlockLists:
+def _blocks(
+    b: Builder, writer: _Writer, shared: Shared, sink: Node | None, tame: Node | None, alive: Node | None
+) -> BlockLists:
     proof, device = writer.proof, writer.device
     structure, frame = proof.structure, proof.frame
     opaque = Structure(residual=proof.keep)  # of which no block is left out, and none does without the function
@@ -316,6 +339,9 @@ def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None, tame
             every = judged(opaque, b, frame, proof.sizes, writer.nodes, device=device).some
             part = b.call(aten.where.self, tame, part, every)
             full = None if full is None else b.call(aten.logical_and.default, full, tame)
+        if alive is not None:  # a row without a key sees all
+            dead = b.call(aten.any.dims, b.call(aten.logical_not.default, alive), [1, 2], True)
+            part = b.call(aten.logical_or.default, part, dead)
         if full is not None:
             part = b.call(aten.logical_and.default, part, b.call(aten.logical_not.default, full))
         elif device.type == "cpu":  # inductor's template for one query counts them, there or not (torch 2.13)
@@ -328,7 +354,7 @@ def _blocks(b: Builder, writer: _Writer, shared: Shared, sink: Node | None, tame
             full_columns=None if full is None else _listed(b, _turned(b, full)),
         )
 
-    key = ("blocks", structure, frame.lengths, tuple(writer.nodes.values()), device, tame)
+    key = ("blocks", structure, frame.lengths, tuple(writer.nodes.values()), device, tame, alive)
     return shared.all(key, b, make, _nodes)
 
 

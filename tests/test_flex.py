@@ -487,6 +487,38 @@ def test_every_case_through_inductor() -> None:
     assert set(found.kernels) == {"flex"}
 
 
+WITHOUT_A_KEY = {"none": (0, 200), "a sequence": (0, 650), "all": (700, 700), "some queries": (590, 597)}
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize("queries", [1, 5, 16])
+def test_for_few_queries_the_kernel_answers_rows_without_a_key(queries: int, inner: str) -> None:
+    """One graph for all data: lists, mask and bias tell which rows these are."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, pad: Tensor, *rest: Tensor) -> Tensor:
+        i, j = grid(q, k)
+        x = scores(q, k) - 0.1 * (i - j).abs()
+        return weighted(masked(x, (j <= i - 100) & pad[:, None, None, :]), v, q)
+
+    module = Attention(Case("few", attention))
+    found = Flexed(module, inner=inner)
+    for first in WITHOUT_A_KEY.values():
+        q, k, v, _, *rest = inputs(700, queries=queries)
+        given = (q, k, v, torch.arange(700) >= torch.tensor(first)[:, None], *rest)
+        assert not held_to_float64(module, given, found, grad=False), first
+    assert found.kernels == ["flex"]
+    assert torch.ops.aten.mean.dim not in {node.target for node in found.gm.graph.nodes}
+
+
+@pytest.mark.parametrize(("queries", "grad"), [(17, False), (16, True)], ids=["more queries", "gradients"])
+def test_elsewhere_they_are_answered_afterwards(queries: int, grad: bool, as_on_cuda: None) -> None:
+    module = Attention(next(case for case in CASES if case.name == "padded"))
+    found, given = Flexed(module), list(inputs(200, queries=queries, grad=grad))
+    given[3] = torch.arange(200) >= torch.tensor([[0], [200]])
+    assert not held_to_float64(module, tuple(given), found, grad=grad)
+    assert torch.ops.aten.mean.dim in {node.target for node in found.gm.graph.nodes}
+
+
 def test_one_query_and_a_sink_through_inductor() -> None:
     """Its template for one query counts full blocks where there is no list of them."""
     sink = next(case for case in CASES if case.name == "sink_and_padding")
