@@ -1,14 +1,15 @@
 """Unmodified models on a GPU: eager attention through inductor, through attnpass, and what the library ships (sdpa).
 
-    python -m benchmarks.gpu [--only NAME ...] [--train] [--by-hand] [--waived] [--jobs 16] [--json FILE]
+    python -m benchmarks.gpu [--only NAME ...] [--train] [--graphs] [--by-hand] [--waived] [--jobs 16] [--json FILE]
 
 Times are medians of CUDA events around one forward call in bfloat16 (with --train: forward and backward); beside them
 is how long its kernels ran, which is less where the GPU waits for the next launch. Memory is the peak above what the
 model itself holds, errors are relative to the same model in float32. Each form of a model is compiled in a process of
 its own, many at once; they are measured one at a time, in rounds (benchmarks/apart.py), and in one round all forms are
-launched from the same core. The rows called decode are one step behind a static cache that is nearly full. --by-hand
-adds the library's other integrations; --waived the pass with `empty_rows="dont_care"`, where queries without a key make
-a difference.
+launched from the same core. --graphs has all recorded in CUDA graphs (mode="reduce-overhead"), as one token at a
+time is served: then the GPU waits for nothing. The rows called decode are one step behind a static cache that is nearly
+full. --by-hand adds the library's other integrations; --waived the pass with `empty_rows="dont_care"`, where queries
+without a key make a difference.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Row:
     attention: str
     compiler: str
     train: bool
+    graphs: bool
     ms: float | None = None
     busy_ms: float | None = None
     mib: float | None = None
@@ -114,11 +116,15 @@ class Task:
     attention: str
     compiler: str
     train: bool
+    graphs: bool
     folder: str  # where exact results lie
 
     @property
     def exact(self) -> Path:
         return Path(self.folder) / f"{self.model}.pt"
+
+    def row(self, note: str = "") -> Row:
+        return Row(self.model, self.attention, self.compiler, self.train, self.graphs, note=note)
 
 
 def forms(name: str, *, by_hand: bool, waived: bool) -> Iterator[tuple[str, str]]:
@@ -152,7 +158,7 @@ def prepare(task: Task) -> Callable[[], Row]:
         torch.save(_run(model, inputs | MODELS[task.model].state(model, inputs), train=False), task.exact)
         del model
         torch.cuda.empty_cache()  # the others of the group are to be measured
-        return lambda: Row(task.model, task.attention, task.compiler, task.train)
+        return task.row
 
     import attnpass
     from attnpass.capture.dynamo import backend
@@ -164,13 +170,14 @@ def prepare(task: Task) -> Callable[[], Row]:
     inputs = inputs | MODELS[task.model].state(model, inputs)
     ours = task.compiler.startswith("attnpass")
     options = {"empty_rows": "dont_care"} if task.compiler.endswith("dont_care") else None
-    call = torch.compile(model, backend=backend if ours else "inductor", options=options)
+    mode = "reduce-overhead" if task.graphs else None
+    call = torch.compile(model, backend=backend if ours else "inductor", mode=mode, options=options)
     out = _run(call, inputs, train=task.train).cpu()
     torch.cuda.empty_cache()
     report = attnpass.report()
     kernels = sorted({site.kernel for site in report.sites if site.kernel})
     note = f"{report.replaced} replaced by {', '.join(kernels)}" if ours else ""
-    row = Row(task.model, task.attention, task.compiler, task.train, note=note)
+    row = task.row(note)
 
     rounds = itertools.count(1)
 
@@ -212,7 +219,7 @@ def together(found: Measured[Task, Row]) -> Row:
     """The rounds of one form."""
     task = found.task
     if found.failure:
-        return Row(task.model, task.attention, task.compiler, task.train, note=found.failure)
+        return task.row(found.failure)
     times = [row.ms for row in found.results if row.ms is not None]
     return replace(found.results[-1], ms=statistics.median(times) if times else None)
 
@@ -227,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", action="append", choices=sorted(MODELS), help="only this model (may be repeated)")
     parser.add_argument("--train", action="store_true", help="a forward and a backward pass")
+    parser.add_argument("--graphs", action="store_true", help="recorded in CUDA graphs")
     parser.add_argument("--by-hand", action="store_true", help="the library's other integrations as well")
     parser.add_argument("--waived", action="store_true", help="and the pass where rows without a key may hold anything")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile side by side")
@@ -234,11 +242,13 @@ def main() -> None:
     asked = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("needs a CUDA device")
+    if asked.graphs and asked.waived:
+        parser.error("--graphs and --waived: torch.compile takes a mode or options, not both")
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     found: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         tasks = [
-            Task(name, attention, compiler, asked.train, folder)
+            Task(name, attention, compiler, asked.train, asked.graphs, folder)
             for name in asked.only or MODELS
             for attention, compiler in (("eager", "exact"), *forms(name, by_hand=asked.by_hand, waived=asked.waived))
         ]
