@@ -369,8 +369,8 @@ def _few_queries(frame: Frame) -> bool:
 def _listed(b: Builder, blocks: Node) -> tuple[Node, Node]:
     marks = value(blocks)
     many, which = listed(b.call, blocks, marks.shape, marks.device)
-    if marks.device.type != "cpu" and all(is_one(size) for size in marks.shape[:2]):
-        return many, which  # of one batch row and one head: no stride is taken for that of another
+    if marks.device.type != "cpu" and all(is_one(size) for size in marks.shape[:3]):
+        return many, which  # a single row: no stride but that from one number to the next is ever taken
     return b.call(apart(), many), b.call(apart(), which)
 
 
