@@ -92,17 +92,16 @@ def _by_meaning(b: Builder, proved: Proved, kernel: Kernel, shared: Shared, call
     told = kernel.gives_lse(spec)
     sink = _sink(b, site, sizes)
     afterwards = sink is not None and told and kernel.takes == "functions"
-    within = False  # rows without a key are answered by the kernel
+    # where the kernel itself answers rows without a key it is told which they are
+    within = rows_with_a_key(b, proved, shared) if kernel.takes == "functions" and answered_within(proved) else None
     if kernel.takes == "forms":
         call = replace(call, forms=forms(b, proved, shared, sink))
     else:
         if sink is not None and not told:
             k, v = (b.call(aten.constant_pad_nd.default, node, [0, 0, 0, 1]) for node in (call.k, call.v))
             call = replace(call, k=k, v=v)
-        rows = rows_with_a_key(b, proved, shared) if answered_within(proved) else None
-        call = replace(call, functions=functions(b, proved, shared, sink=None if told else sink, alive=rows))
-        within = rows is not None
-    empty = site.rows is not EmptyRow.IMPOSSIBLE and sink is None and not within  # beside a sink it is zero
+        call = replace(call, functions=functions(b, proved, shared, sink=None if told else sink, alive=within))
+    empty = site.rows is not EmptyRow.IMPOSSIBLE and sink is None and within is None  # beside a sink it is zero
     out, lse = kernel.emit_with_lse(b, call) if told and (empty or afterwards) else (kernel.emit(b, call), None)
     if afterwards and sink is not None and lse is not None:
         return sunk(b, out, lse, sink)

@@ -231,7 +231,9 @@ def table(found: list[Row], old: dict[str, Any], device: str, dtype: str) -> dic
 
     out = dict(old.get("kernels", {}))
     kept = {name: {"keys": k["tflops"]["keys"]} for name, k in out.items() if "keys" in k["tflops"]}
-    for kernel in (kernel for kernel in kernels() if type(kernel).cost is not Kernel.cost):
+    for kernel in kernels():
+        if type(kernel).cost is Kernel.cost:  # it is chosen by no rate
+            continue
         tflops: dict[str, dict[str, float]] = {}
         for row in found:
             # a window is expected from the rate of a causal mask: it depends on how wide it is; masks over keys alone

@@ -281,3 +281,4 @@ CASES = (
     Case("table_and_padding", table_and_padding, grad=False, empty=True, exact=False),
     Case("dense_mask", dense_mask, empty=True, exact=False),
 )
+BY_NAME = {case.name: case for case in CASES}

@@ -28,7 +28,7 @@ from attnpass.kernels import flex
 from attnpass.kernels.flex import Flex
 from attnpass.ledger import Report
 from attnpass.spec import AttentionSpec, BiasSpec, EmptyRow, MaskSpec
-from tests.flex_cases import CASES, INF, Attention, Case, capped, grid, inputs, masked, scores, weighted
+from tests.flex_cases import BY_NAME, CASES, INF, Attention, Case, capped, grid, inputs, masked, scores, weighted
 from tests.zoo.numbers import complaints, run, truth
 
 FLEX = attnpass.Policy(kernel="flex")  # by name: whatever it is expected to cost
@@ -512,7 +512,7 @@ def test_for_few_queries_the_kernel_answers_rows_without_a_key(queries: int, inn
 
 @pytest.mark.parametrize(("queries", "grad"), [(17, False), (16, True)], ids=["more queries", "gradients"])
 def test_elsewhere_they_are_answered_afterwards(queries: int, grad: bool, as_on_cuda: None) -> None:
-    module = Attention(next(case for case in CASES if case.name == "padded"))
+    module = Attention(BY_NAME["padded"])
     found, given = Flexed(module), list(inputs(200, queries=queries, grad=grad))
     given[3] = torch.arange(200) >= torch.tensor([[0], [200]])
     assert not held_to_float64(module, tuple(given), found, grad=grad)
@@ -521,8 +521,7 @@ def test_elsewhere_they_are_answered_afterwards(queries: int, grad: bool, as_on_
 
 def test_one_query_and_a_sink_through_inductor() -> None:
     """Its template for one query counts full blocks where there is no list of them."""
-    sink = next(case for case in CASES if case.name == "sink_and_padding")
-    module, given = Attention(sink), inputs(1300, queries=1)
+    module, given = Attention(BY_NAME["sink_and_padding"]), inputs(1300, queries=1)
     found = Flexed(module, inner="inductor")
     assert not held_to_float64(module, given, found, grad=False)
     assert found.kernels == ["flex"]

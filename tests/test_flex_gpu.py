@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.flex_cases import CASES, Attention, Case, inputs
+from tests.flex_cases import BY_NAME, CASES, Attention, Case, inputs
 from tests.test_flex import Flexed
 from tests.zoo.numbers import complaints, run, truth
 
@@ -46,7 +46,7 @@ def test_a_case_computes_the_same(case: Case, dtype: torch.dtype, length: int, g
 @DTYPES
 def test_a_mask_of_each_batch_row_reads_its_own_blocks(dtype: torch.dtype) -> None:
     """Lists of blocks of more than one batch row, for which torch's template reads a stride that must be true."""
-    padded = next(case for case in CASES if case.name == "padded")
+    padded = BY_NAME["padded"]
     module = Attention(padded)
     q, k, v, _, *rest = on_cuda(2048, dtype, grad=False)
     q, k, v = (x.repeat(2, 1, 1, 1) for x in (q, k, v))

@@ -201,7 +201,7 @@ def define(vendor: Vendor) -> Callable[..., Any]:
         return (dq, dk, dv, None, None if sink is None else dsink, None, None, *(None,) * _PLANNED)
 
     op.register_autograd(gradients, setup_context=_saved)
-    return op._opoverload  # type: ignore[no-any-return]
+    return op._opoverload
 
 
 def _saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -18,35 +18,31 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 
 def register(
     name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any], tags: Sequence[torch.Tag] = ()
-) -> Any:
+) -> CustomOpDef:
     """Registers ``attnpass::<name>``, a function without side effects whose results are new memory."""
-    op = torch.library.custom_op(f"attnpass::{name}", forward, mutates_args=(), schema=schema, tags=tags)
+    op: CustomOpDef = torch.library.custom_op(f"attnpass::{name}", forward, mutates_args=(), schema=schema, tags=tags)
     op.register_fake(fake)
-    _register_only(op._opoverload, f"attnpass::{name}_only", schema, forward, fake)
+    only = f"attnpass::{name}_only"
+    torch.library.define(only, schema, tags=op._opoverload.tags)
+    torch.library.impl(only, "default", torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
+    torch.library.register_fake(only, fake)
+    _preferred(op._opoverload, getattr(torch.ops.attnpass, f"{name}_only").default)
     return op
 
 
-def _register_only(
-    op: torch._ops.OpOverload, name: str, schema: str, forward: Callable[..., Any], fake: Callable[..., Any]
-) -> None:
-    torch.library.define(name, schema, tags=op.tags)
-    torch.library.impl(name, "default", torch.compiler.disable(forward))  # type: ignore[no-untyped-call]
-    torch.library.register_fake(name, fake)
-    only = getattr(torch.ops.attnpass, name.removeprefix("attnpass::")).default
-
-    def decomposed(*args: Any) -> Any:
-        return only(*args)
-
+def _preferred(op: torch._ops.OpOverload, only: torch._ops.OpOverload) -> None:
+    """Inductor writes the second form where a graph has the first."""
     try:
         from torch._inductor.decomposition import decompositions, select_decomp_table
     except ImportError:  # no inductor, or one of another time: it takes the first form as well
         return
     for table in (decompositions, select_decomp_table()):  # the second may be a copy that was made before
-        table[op] = decomposed
+        table[op] = only
 
 
 @functools.cache
@@ -64,4 +60,4 @@ def apart() -> Callable[..., Any]:
     def copy(x: torch.Tensor) -> torch.Tensor:
         return x.clone(memory_format=torch.contiguous_format)
 
-    return register("apart", "(Tensor x) -> Tensor", copy, copy)._opoverload  # type: ignore[no-any-return]
+    return register("apart", "(Tensor x) -> Tensor", copy, copy)._opoverload

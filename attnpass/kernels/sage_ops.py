@@ -87,7 +87,7 @@ def operation(form: str) -> Callable[..., Any]:
 def _defined(captured: bool) -> Callable[..., Any]:
     name = "sage" if captured else "sage_uncaptured"
     tags = () if captured else (torch.Tag.cudagraph_unsafe,)
-    return ops.register(name, _SCHEMA, _attend, _fake, tags)._opoverload  # type: ignore[no-any-return]
+    return ops.register(name, _SCHEMA, _attend, _fake, tags)._opoverload
 
 
 def _fake(

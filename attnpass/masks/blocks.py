@@ -236,7 +236,7 @@ def listed(
     call: Callable[..., Thing], blocks: Thing, shape: Sequence[Any], device: torch.device
 ) -> tuple[Thing, Thing]:
     """Per row of blocks, how many are marked and which: their numbers first, in order. Behind them is any number of a
-    block, which nobody reads.
+    block, which counts for nothing.
     """
     many = call(aten.sum.dim_IntList, blocks, [-1], dtype=torch.int32)
     if all(isinstance(size, int) for size in shape) and math.prod(shape) * shape[-1] <= _COMPARED:

@@ -28,7 +28,7 @@ from attnpass.kernels.flash3 import Flash3, Flash3Hub, FlashVarlen3
 from attnpass.kernels.flash_base import FlashKernel
 from attnpass.kernels.flash_ops import define
 from attnpass.spec import AttentionSpec, BiasSpec, MaskSpec
-from tests.flex_cases import CASES, Attention, Case, capped, grid, inputs, masked, scores, weighted
+from tests.flex_cases import BY_NAME, Attention, Case, capped, grid, inputs, masked, scores, weighted
 from tests.kernels import standins
 from tests.kernels.matrix import (
     FEATURES,
@@ -268,7 +268,6 @@ def capped_window(q: Tensor, k: Tensor, v: Tensor, *rest: Tensor) -> Tensor:
     return weighted(masked(capped(scores(q, k)), (j <= i) & (j > i - 50)), v, q)
 
 
-BY_NAME = {case.name: case for case in CASES}
 SERVED = {
     Flash: [
         *(BY_NAME[name] for name in ("cap_alone", "causal", "window", "sink")),

@@ -15,7 +15,7 @@ from attnpass.kernels.flash3 import Flash3, Flash3Hub, FlashVarlen3
 from attnpass.kernels.flash_base import FlashKernel
 from attnpass.kernels.flash_ops import define
 from attnpass.spec import AttentionSpec, BiasSpec, MaskSpec
-from tests.flex_cases import CASES, Attention, Case, inputs
+from tests.flex_cases import BY_NAME, Attention, Case, inputs
 from tests.kernels.matrix import (
     FEATURES,
     Problem,
@@ -211,7 +211,6 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 # -- through the pass --------------------------------------------------------------------------------------------------
 
-BY_NAME = {case.name: case for case in CASES}
 SITES = [
     *((Flash, BY_NAME[name]) for name in ("cap_alone", "causal", "window", "sink")),
     *((Flash, case) for case in (Case("alibi", alibi), Case("capped_alibi", capped_alibi))),
