@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, disable_fake_tensor_cache
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
@@ -190,6 +190,8 @@ class Builder:
         with contextlib.ExitStack() as stack:
             if self.mode is not None:
                 stack.enter_context(no_new_condition(self.mode.shape_env))
+                # to keep a result torch asks whether it is in channels last: a condition that no result depends on
+                stack.enter_context(disable_fake_tensor_cache(self.mode))
                 stack.enter_context(self.mode)
                 stack.enter_context(enable_python_dispatcher())
                 if self.mode.shape_env is not None:
@@ -198,7 +200,7 @@ class Builder:
             if isinstance(node.target, HigherOrderOperator):
                 stack.enter_context(torch.no_grad())  # its autograd traces the functions it is given; values need none
             out = node.target(*args, **kwargs)
-        return out.detach() if isinstance(out, torch.Tensor) else out
+            return out.detach() if isinstance(out, torch.Tensor) else out
 
     def discard(self) -> None:
         """Take back everything that was inserted (nothing outside may use it yet)."""

@@ -6,16 +6,22 @@ A bias that is cut to the number of keys, ``bias[..., max(0, 64 - keys):]``, has
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 
 import attnpass
 from attnpass.capture.dynamo import backend
-from attnpass.graph import no_new_condition
+from attnpass.capture.template import no_new_guards
+from attnpass.graph import Builder, State, no_new_condition, value
+
+aten = torch.ops.aten
 
 LONGEST, BATCH, HEADS, WIDTH = 64, 2, 4, 16
 
@@ -102,3 +108,20 @@ def test_what_a_call_asked_for_before_it_failed_is_forgotten() -> None:
     with pytest.raises(ValueError, match="will not do"), no_new_condition(env):
         fails()
     assert not env.counter["ignored_backward_guard"]
+
+
+def test_nothing_is_asked_only_to_keep_a_fake_result() -> None:
+    """A mask padded to whole rows of eight, as the memory-efficient kernel of CUDA takes it: whether its strides are
+    those of channels last depends on the length, and torch asks that of what it keeps.
+    """
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    graph = Graph()
+    mask = graph.placeholder("mask")
+    mask.meta["val"] = mode.from_tensor(torch.zeros(1, 1, 5, 7))
+    b = Builder(graph, graph.output(mask), mode=mode, state=State(), like=mask)
+    with no_new_guards(mode.shape_env):
+        keys = b.size(mask, -1)
+        over = b.call(operator.sub, 8, b.call(operator.mod, keys, 8))
+        padded = b.call(aten.constant_pad_nd.default, mask, [0, over])
+        rows = b.call(aten.slice.Tensor, padded, -1, 0, keys)
+    assert statically_known_true(value(rows).shape[-1] == value(mask).shape[-1])
