@@ -21,7 +21,7 @@ from attnpass.recognize.axes import Axes
 from attnpass.recognize.gradients import asked
 from attnpass.recognize.ops import number_in
 from attnpass.recognize.purity import Effects
-from attnpass.recognize.values import levels
+from attnpass.recognize.values import levels, of_dtype
 from attnpass.site import Add, Factor, Fill, Layer, Roles, dominates
 from attnpass.spec import ASSUMED, BLURS, CERTAIN, BiasSpec, EmptyRow, MaskSpec, Size
 
@@ -170,7 +170,10 @@ def _bias(layer: Add, effects: Effects, dtype: torch.dtype, roles: Roles, axes: 
     found = levels(node, effects) if layer.factor.is_number else None
     few = found is not None and all(_survives(v * layer.factor.number, dtype) for v in found)
     fits = torch.promote_types(val.dtype, dtype) == dtype
-    return BiasSpec(shape=tuple(shape), dtype=dtype_text(val.dtype), grad=asked(node, state), exact=few or fits)
+    # bias.float() beside scores in float32: what was widened can be narrowed again, its sign may change
+    signed = layer.factor.is_number and abs(layer.factor.number) == 1
+    exact = few or fits or (signed and of_dtype(node, dtype, effects))
+    return BiasSpec(shape=tuple(shape), dtype=dtype_text(val.dtype), grad=asked(node, state), exact=exact)
 
 
 def _survives(v: float, dtype: torch.dtype) -> bool:

@@ -2,6 +2,8 @@
 
 ``where(m, 0, finfo.min)`` holds 0 and finfo.min, ``(1 - m) * -10000`` holds 0 and -10000, whatever m is. A tensor
 made from data holds anything (None). The sets are over-approximations: each value listed *may* occur, no other can.
+
+Of data the dtype tells something: ``table.float()`` holds nothing that table's own dtype does not hold (`of_dtype`).
 """
 
 from __future__ import annotations
@@ -65,6 +67,24 @@ def _levels(node: Node, effects: Effects, depth: int) -> Collection[float] | Non
     if name in ("add", "sub", "rsub", "mul", "minimum", "maximum"):
         return _binary(node, name, effects, depth)
     return None
+
+
+def of_dtype(node: Any, dtype: torch.dtype, effects: Effects, depth: int = 0) -> bool:
+    """A dtype holds every number of the tensor: it was only widened since it had a dtype that this one includes."""
+    found = levels(node, effects)
+    if found is not None:
+        return all(number_in(v, dtype) == v for v in found)
+    val = tensor(node) if isinstance(node, Node) else None
+    if val is None or not val.is_floating_point() or effects.written(node) or depth > 40:
+        return False  # an integer has more digits than the floating-point number that it is promoted to
+    if torch.promote_types(val.dtype, dtype) == dtype:
+        return True
+    name = op_name(node)
+    if name in views.CASTS:
+        source = tensor(node.args[0])
+        widens = source is not None and torch.promote_types(source.dtype, val.dtype) == val.dtype
+        return widens and of_dtype(node.args[0], dtype, effects, depth + 1)
+    return (name in _SUBSET or name == "neg") and of_dtype(node.args[0], dtype, effects, depth + 1)
 
 
 def _union(a: Levels | None, b: Levels | None) -> Levels | None:
