@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import attnpass
 from attnpass import choose
+from attnpass.autotune import ORIGINAL
 from attnpass.capture.dynamo import backend
 from attnpass.kernels import kernels
 from attnpass.kernels.flash import Flash
@@ -23,6 +24,7 @@ from attnpass.kernels.native import Native
 from attnpass.recognize.existing import DEFINED
 from tests.flex_cases import Attention, Case, causal, inputs
 from tests.kernels.alone import PADDED
+from tests.test_autotune import kept
 from tests.test_symbolic_caps import CAPS, Capped
 from tests.zoo.numbers import complaints, run, truth
 
@@ -61,10 +63,11 @@ def test_autotune_takes_what_is_fastest_here(tmp_path: Path, monkeypatch: pytest
     given = on_cuda(2048, grad=grad)
     assert not held(module, given, torch.compile(module, backend=backend, options={"autotune": True}), grad=grad)
     (site,) = attnpass.report().sites
-    timed = {verdict.kernel: verdict.cost_us for verdict in site.verdicts if verdict.timed}
-    assert {"native", "flex"} <= timed.keys()
-    assert site.kernel == min(timed, key=lambda name: timed[name] or 0.0)
-    assert len(list(tmp_path.glob("*.json"))) > len(timed)  # and the original
+    times = kept(tmp_path)
+    assert {verdict.kernel for verdict in site.verdicts if verdict.timed} == times.keys() - {ORIGINAL}
+    assert {"native", "flex", ORIGINAL} <= times.keys()
+    # where other processes use the GPU as well, even the original may have been that
+    assert (site.kernel or ORIGINAL) == min(times, key=lambda name: times[name])
 
 
 def in_graphs() -> list[str]:

@@ -11,6 +11,7 @@ from tests.fuzz.spelled import MODULE_SCALES, SCALES, TENSOR_SCALES
 # What flash-attn and its kind have arguments for, alone.
 _FORMS = {"nothing", "causal", "window", "two-sided"}
 _KEYS = {"padding", "lengths"}
+_COMPUTED = {"alibi", "alibi of a buffer", "distance"}
 
 
 def limit(program: Program, device: str = "cpu") -> str | None:
@@ -27,6 +28,8 @@ def limit(program: Program, device: str = "cpu") -> str | None:
     narrow = p.dtype != "float32" or p.autocast
     if device == "cuda" and any(width % (8 if narrow else 4) for width in (p.shape.width, p.shape.v_width)):
         return "a width that torch's CUDA kernels do not load"
+    if device == "cuda" and narrow and _wide_bias(p):
+        return "a bias of float32 that CUDA's kernels of half precision would round"
     if any(abs(number) >= 6e4 for number in p.numbers):
         return "scores may be lost beside a number"
     if p.numbers and p.softmax == "by hand, no maximum":
@@ -72,6 +75,13 @@ def limit(program: Program, device: str = "cpu") -> str | None:
     if p.cap or p.sink:
         return _by_a_kernel_with(p)
     return None
+
+
+def _wide_bias(p: Program) -> bool:
+    """One that is computed in float32, added where the scores are of float32 as well."""
+    at = 0 if p.upcast else next((n for n, step in enumerate(p.steps) if isinstance(step, ToFloat)), len(p.steps))
+    added = (step for step in p.steps[at:] if isinstance(step, Bias))
+    return any(bias.kind in _COMPUTED or bias.form == "torch.add" for bias in added)
 
 
 def _widened_between(p: Program) -> bool:
