@@ -7,7 +7,9 @@
 Rates and bandwidth are in rates.json, measured by ``python -m benchmarks.kernels`` on the devices that it names. Others
 are slower or faster in about the same proportion, and only the proportion matters; ``autotune`` measures on the spot.
 On the CPU only calls that take a while are told: of those a function is taken where it is clearly faster, because that
-costs ten seconds of compiling. Nothing was measured of other devices: there the answer is None.
+costs ten seconds of compiling. And those over some hundred tokens, where torch's kernel for the CPU may be slower than
+what inductor writes without it (``python -m benchmarks.short``). Nothing was measured of other devices: there the
+answer is None.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any
 
+import torch
+
 from attnpass.names import NATIVE
 from attnpass.spec import AttentionSpec, EmptyRow, MaskSpec, Size, is_causal
 
@@ -27,7 +31,10 @@ _LISTS = 4  # launches: a site's share in making the lists of blocks, which site
 _BLOCK = 128
 _REPAIRED = 3  # launches: rows without a key, answered afterwards
 _LONG = 5e8  # operations of a call on the CPU that takes a while: some ten milliseconds
-_CLEARLY = 1.25  # how much faster a function has to be there: how CPUs compare with the one that was measured differs
+_BRIEF = 2e7  # operations of a call for which it matters at all: a tenth of a millisecond
+_BLOCKS = 192  # queries from which on torch's kernel for the CPU takes them by more than 32
+_CACHED = 2**23  # scores of a call that the cache holds
+_CLEARLY = 1.25  # by what more than a guess differs there: CPUs do not all compare as the one that was measured
 # What inductor moves for each score in code that is not fused: written by the first product, read and written by the
 # softmax, read by the second product, with a mask now and then. From two shapes on the H200 (14.5 and 16.5 bytes).
 _UNFUSED_BYTES = 15.0
@@ -43,6 +50,18 @@ class _Kernel:
     tflops: Mapping[str, Mapping[int, float]]  # by the form of the mask, by width; counted on the scores that are kept
 
 
+_ByLength = Mapping[int, Mapping[int, float]]  # and width
+
+
+@dataclass(frozen=True)
+class _Short:
+    """What was measured of short sequences and one form of mask on a CPU."""
+
+    tflops: _ByLength  # of torch's kernel, counted on all scores
+    forward: _ByLength  # how long inductor's own code takes, in times of that kernel
+    training: _ByLength  # the same, forward and backward
+
+
 @dataclass(frozen=True)
 class _Rates:
     """rates.json."""
@@ -51,6 +70,7 @@ class _Rates:
     products: float  # operations per microsecond of a large product
     launch: float  # microseconds of one more small kernel
     kernels: Mapping[str, _Kernel]
+    short: Mapping[str, _Short]  # by the form of the mask
 
 
 @functools.cache
@@ -64,12 +84,25 @@ def _read(table: Mapping[str, Any]) -> _Rates:
     kernels = {
         name: _Kernel(
             masks=known["masks"],
-            tflops={form: {int(w): rate for w, rate in by_width.items()} for form, by_width in known["tflops"].items()},
+            tflops={form: _by_number(by_width) for form, by_width in known["tflops"].items()},
         )
         for name, known in table["kernels"].items()
     }
-    products = table["products_tflops"] * 1e6
-    return _Rates(bytes_per_us=table["bytes_per_us"], products=products, launch=table["launch_us"], kernels=kernels)
+    short = {
+        form: _Short(**{kind: {int(n): _by_number(row) for n, row in rows.items()} for kind, rows in kinds.items()})
+        for form, kinds in table.get("short", {}).items()
+    }
+    return _Rates(
+        bytes_per_us=table["bytes_per_us"],
+        products=table["products_tflops"] * 1e6,
+        launch=table["launch_us"],
+        kernels=kernels,
+        short=short,
+    )
+
+
+def _by_number(row: Mapping[str, float]) -> Mapping[int, float]:
+    return {int(number): rate for number, rate in row.items()}
 
 
 def rates(spec: AttentionSpec) -> _Rates | None:
@@ -87,6 +120,9 @@ def rated_us(spec: AttentionSpec, kernel: str) -> float | None:
     if spec.device != "cpu":
         return _rated(spec, here, known)
     function = known.masks == "blocks"
+    short = _short(spec, here)
+    if short is not None and kernel == NATIVE:
+        return _operations(spec) / (_at(short.tflops, spec) * 1e6)
     if _operations(spec) < _LONG or (function and spec.bias):  # T5's as a function took twice as long as its tensor
         return None
     return _rated(spec, here, known) * (_CLEARLY if function else 1.0)
@@ -127,12 +163,67 @@ def called_us(spec: AttentionSpec) -> float | None:
 
 
 def unfused_us(spec: AttentionSpec) -> float | None:
-    """The original's own operations, as a compiler leaves them: products, and scores in memory."""
+    """The original's own operations, as a compiler leaves them: products, and scores in memory. On a CPU that is told
+    only where it is clearly less than the fused call.
+    """
     here = rates(spec)
-    if spec.device != "cuda" or here is None:
+    if here is None:
         return None
+    if spec.device == "cpu":
+        short, fused = _short(spec, here), rated_us(spec, NATIVE)
+        if short is None or fused is None or spec.softcap is not None or spec.sink:
+            return None
+        if not (spec.grad or spec.bias) and _short_form(spec) == "tensor" and _number(spec.queries, _LENGTH) >= _BLOCKS:
+            return None  # beside such a mask one spelling takes 0.7 times as long, and BERT's 1.4 times
+        times = _at(short.training if spec.grad else short.forward, spec)
+        doubt = 1.0 if spec.bias else _CLEARLY  # T5's own code was seen to be as fast as what was measured
+        return fused * times if times * doubt < 1 else None
     bytes_ = _scores(spec) * _UNFUSED_BYTES * (2 if spec.dtype == "float32" else 1) + _bytes(spec)
     return _operations(spec) / here.products + bytes_ / here.bytes_per_us + _copies(spec, here) + 3 * here.launch
+
+
+def _short(spec: AttentionSpec, here: _Rates) -> _Short | None:
+    """The table for self-attention over some hundred tokens on a CPU, where this is such a one. It holds for shared
+    heads as well: that the original repeats them was seen to make no difference.
+    """
+    length = spec.queries
+    if not (here.short and isinstance(length, int) and length == spec.keys):
+        return None
+    if spec.dtype == "bfloat16" and not _measured_bfloat16():
+        return None
+    short = here.short[_short_form(spec)]
+    least, most = min(short.tflops), max(short.tflops)
+    within = least // 2 <= length <= most * 5 // 4 and _scores(spec) <= _CACHED
+    return short if within and _operations(spec) >= _BRIEF else None
+
+
+def _short_form(spec: AttentionSpec) -> str:
+    if is_causal(spec):
+        return "causal"
+    return "full" if spec.mask.empty and not spec.bias else "tensor"
+
+
+@functools.cache
+def _measured_bfloat16() -> bool:
+    """This CPU multiplies bfloat16 as the measured one does: by AVX-512. Where AMX does, torch's kernel is another."""
+    has = torch.cpu.get_capabilities()
+    return bool(has.get("avx512_bf16")) and not has.get("amx_tile")
+
+
+def _at(table: _ByLength, spec: AttentionSpec) -> float:
+    """The entry whose length is nearest, by their ratio, and then whose width is."""
+    length, width = _number(spec.queries, _LENGTH), _width(spec)
+    by_width = table[min(table, key=lambda n: abs(math.log(n / length)))]
+    return _nearest(by_width, width)
+
+
+def _nearest(by_width: Mapping[int, float], width: int) -> float:
+    """A wider one rather than a narrower."""
+    return by_width[min(by_width, key=lambda w: (w < width, abs(w - width)))]
+
+
+def _width(spec: AttentionSpec) -> int:
+    return max(_number(spec.qk_width, 64), _number(spec.v_width, 64))
 
 
 def _by_tensor(spec: AttentionSpec, here: _Rates, known: _Kernel) -> float:
@@ -172,9 +263,8 @@ def _repairs(spec: AttentionSpec, here: _Rates) -> float:
 
 def _time(spec: AttentionSpec, here: _Rates, known: _Kernel, form: str, share: float) -> float:
     by_width = next(known.tflops[name] for name in (form, "causal", "full") if name in known.tflops)
-    width = max(_number(spec.qk_width, 64), _number(spec.v_width, 64))
-    nearest = min(by_width, key=lambda w: (w < width, abs(w - width)))
-    return max(_operations(spec) * share / (by_width[nearest] * 1e6), _bytes(spec) / here.bytes_per_us) + here.launch
+    rate = _nearest(by_width, _width(spec)) * 1e6
+    return max(_operations(spec) * share / rate, _bytes(spec) / here.bytes_per_us) + here.launch
 
 
 def _operations(spec: AttentionSpec) -> float:

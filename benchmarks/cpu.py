@@ -1,9 +1,10 @@
 """Unmodified models on the CPU: through inductor, and through the pass and inductor, from eager attention and sdpa.
 
-    python -m benchmarks.cpu [--only NAME ...] [--repeat 7] [--json FILE]
+    python -m benchmarks.cpu [--only NAME ...] [--dtype float32] [--train] [--repeat 7] [--json FILE]
 
-float32, two layers, all forms of a model in one process, their calls taking turns so that a busy machine slows all of
-them alike; medians. The ratio is inductor's time over that of the pass, for the same unmodified form of the model.
+Two layers, all forms of a model in one process, their calls taking turns so that a busy machine slows all of them
+alike; medians of forward passes, with --train of forward and backward. The ratio is inductor's time over that of the
+pass, for the same unmodified form of the model.
 """
 
 from __future__ import annotations
@@ -29,6 +30,10 @@ TWO = {"num_hidden_layers": 2}
 BERT = {"vocab_size": 1000, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, **TWO}
 LLAMA = {**decoder(512, 1024, 8, 2), **TWO}
 MODELS = {
+    "bert_128_pad": Model(
+        "BertConfig", BERT, lambda: {"input_ids": tokens(16, 128), "attention_mask": right_padded(16, 128)}
+    ),
+    "llama_128": Model("LlamaConfig", LLAMA, lambda: {"input_ids": tokens(16, 128)}),
     "bert_512": Model("BertConfig", BERT, lambda: {"input_ids": tokens(4, 512)}),
     "bert_512_pad": Model(
         "BertConfig", BERT, lambda: {"input_ids": tokens(4, 512), "attention_mask": right_padded(4, 512)}
@@ -73,6 +78,8 @@ class Row:
 
     model: str
     attention: str
+    dtype: str
+    train: bool
     inductor_ms: float
     attnpass_ms: float
     error: float  # relative, between the two
@@ -83,30 +90,31 @@ class Row:
         return self.inductor_ms / self.attnpass_ms
 
 
-def rows(name: str, repeat: int) -> Iterator[Row]:
+def rows(name: str, dtype: str, repeat: int, *, train: bool) -> Iterator[Row]:
     """The model as eager attention and as transformers ships it."""
     import attnpass
     from attnpass.capture.dynamo import backend
 
     torch.manual_seed(0)
-    inputs = MODELS[name].inputs()
+    like = getattr(torch, dtype)
+    inputs = {key: x.to(like) if x.is_floating_point() else x for key, x in MODELS[name].inputs().items()}
     for attention in FORMS.get(name, ("eager", "sdpa")):
         torch._dynamo.reset()
         attnpass.reset()
-        plain = torch.compile(_model(name, attention), backend="inductor")
-        mine = torch.compile(_model(name, attention), backend=backend)
-        a, b = _run(plain, inputs), _run(mine, inputs)
+        plain = torch.compile(_model(name, attention).to(like), backend="inductor")
+        mine = torch.compile(_model(name, attention).to(like), backend=backend)
+        a, b = (_run(call, inputs, train=train).float() for call in (plain, mine))
         times: dict[str, list[float]] = {"plain": [], "mine": []}
         for turn in range(repeat + 1):
             for which, call in (("plain", plain), ("mine", mine)):
                 start = time.perf_counter()
-                _run(call, inputs)
+                _run(call, inputs, train=train)
                 if turn:
                     times[which].append(time.perf_counter() - start)
         ms = {which: statistics.median(found) * 1e3 for which, found in times.items()}
         used = sorted({site.kernel or "left alone" for site in attnpass.report().sites})
         error = ((a - b).norm() / a.norm()).item()
-        yield Row(name, attention, ms["plain"], ms["mine"], error, ", ".join(used))
+        yield Row(name, attention, dtype, train, ms["plain"], ms["mine"], error, ", ".join(used))
 
 
 def _model(name: str, attention: str) -> nn.Module:
@@ -114,15 +122,20 @@ def _model(name: str, attention: str) -> nn.Module:
     return MODELS[name].build(attention).eval()
 
 
-def _run(model: Any, inputs: Inputs) -> torch.Tensor:
-    with torch.no_grad():
+def _run(model: Any, inputs: Inputs, *, train: bool) -> torch.Tensor:
+    with torch.set_grad_enabled(train):
         out: torch.Tensor = model(**inputs).last_hidden_state
-    return out
+        if train:
+            model.zero_grad()
+            out.square().mean().backward()
+    return out.detach()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--only", action="append", choices=sorted(MODELS), help="only this model (may be repeated)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--train", action="store_true", help="a forward and a backward pass")
     parser.add_argument("--repeat", type=int, default=7)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
@@ -130,7 +143,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     found: list[Row] = []
     for name in asked.only or MODELS:
-        for row in rows(name, asked.repeat):
+        for row in rows(name, asked.dtype, asked.repeat, train=asked.train):
             found.append(row)
             print(
                 f"{row.model:14} {row.attention:6} {row.inductor_ms:8.1f} ms, with attnpass {row.attnpass_ms:8.1f} ms, "

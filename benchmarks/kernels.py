@@ -248,6 +248,7 @@ def table(found: list[Row], old: dict[str, Any], device: str, dtype: str) -> dic
     day = datetime.datetime.now(tz=datetime.UTC).date()
     name = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads of a CPU"
     return {
+        **old,
         "device": name,
         "measured": f"{day}, torch {torch.__version__}, {dtype}",
         "bytes_per_us": round(bandwidth(device)),

@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.utils.checkpoint import checkpoint
 
 import attnpass
-from attnpass import choose
+from attnpass import choose, cost
 from attnpass.capture import frames
 from attnpass.capture.dynamo import backend
 from attnpass.cost import rated_us, unfused_us
@@ -425,7 +425,7 @@ def test_the_cheaper_kernel(wanted: str, asked: AttentionSpec) -> None:
         ("flex", spec(device="mps")),
         ("a kernel that nobody measured", spec()),
         ("native", on_cpu(dtype="float16")),
-        ("native", on_cpu(length=128)),  # compiling would take longer than ever is saved
+        ("native", on_cpu(length=32)),  # compiling would take longer than ever is saved
         ("flex", on_cpu(MaskSpec(causal=0), bias=(TABLE,))),
     ],
 )
@@ -433,9 +433,72 @@ def test_nothing_is_said_of_what_was_not_measured(kernel: str, asked: AttentionS
     assert rated_us(asked, kernel) is None
 
 
-def test_the_original_is_measured_on_gpus_only() -> None:
+def test_the_original_is_measured_on_gpus() -> None:
     assert unfused_us(spec()) is not None
     assert unfused_us(on_cpu()) is None
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        on_cpu(length=16, dtype="bfloat16"),
+        on_cpu(length=2048, dtype="bfloat16"),
+        on_cpu(length="s0", dtype="bfloat16"),
+        on_cpu(length=128, dtype="bfloat16", softcap=30.0),
+        on_cpu(length=128, dtype="bfloat16", sink=True),
+        on_cpu(length=128, dtype="float16"),
+        spec(length=128, batch=64, device="cpu", width=64),  # scores that no cache holds
+    ],
+)
+def test_of_these_the_original_was_not_measured(asked: AttentionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_measured_bfloat16", lambda: True)
+    assert unfused_us(asked) is None
+
+
+def test_nothing_is_said_of_other_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for known in (True, False):
+        monkeypatch.setattr(cost, "_measured_bfloat16", lambda known=known: known)
+        assert (unfused_us(on_cpu(length=128, dtype="bfloat16")) is not None) is known
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        (on_cpu(length=96, dtype="bfloat16"), True),
+        (on_cpu(MaskSpec(causal=0), length=128, dtype="bfloat16"), True),
+        (on_cpu(MaskSpec(causal=0), length=512, dtype="bfloat16"), True),
+        (on_cpu(MaskSpec(causal=0), length=512, dtype="bfloat16", groups=4), True),
+        (on_cpu(MaskSpec(key_padding=True), length=512, dtype="bfloat16", grad=True), True),
+        (on_cpu(MaskSpec(key_padding=True), length=128, dtype="bfloat16"), True),
+        (on_cpu(MaskSpec(key_padding=True), length=512, dtype="bfloat16"), False),  # it depends on how it is spelled
+        (on_cpu(bias=(TABLE,), length=512, dtype="bfloat16"), True),
+        (on_cpu(bias=(TABLE,), length=512), False),
+        (on_cpu(MaskSpec(causal=0), length=700, dtype="bfloat16"), True),
+        (on_cpu(MaskSpec(causal=0), length=800, dtype="bfloat16"), False),  # as 1024
+        (on_cpu(MaskSpec(causal=0), length=128), False),
+        (on_cpu(MaskSpec(key_padding=True), length=512, grad=True), False),
+    ],
+)
+def test_short_sequences_in_bfloat16_are_faster_as_they_are(
+    asked: AttentionSpec, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's kernel for the CPU takes blocks of few queries there."""
+    monkeypatch.setattr(cost, "_measured_bfloat16", lambda: True)
+    now, fused = unfused_us(asked), rated_us(asked, "native")
+    assert fused is not None
+    assert (now is not None and now < fused) is kept
+
+
+def test_a_short_sequence_in_bfloat16_is_left_alone_unless_a_kernel_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost, "_measured_bfloat16", lambda: True)
+    module, given = only("causal"), inputs(256, 64, kv_heads=4, dtype=torch.bfloat16, grad=False)
+    for options, kernel in (({}, None), ({"min_gain": -2.0}, "native"), ({"kernel": "native"}, "native")):
+        torch._dynamo.reset()
+        attnpass.reset()
+        torch.compile(module, backend=backend, options={"inner": "eager", **options})(*given)
+        (site,) = attnpass.report().sites
+        assert site.kernel == kernel
+        assert (site.reason.code if site.reason else None) == (None if kernel else "not_profitable")
 
 
 # -- compiled ----------------------------------------------------------------------------------------------------------
