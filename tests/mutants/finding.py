@@ -314,6 +314,34 @@ RECOGNIZE = (
         "at_it = 1.0",
         only("recognize/test_floors.py"),
     ),
+    Mutant(
+        "a half type holds every whole number",
+        "recognize/values.py",
+        "    if val is None or not val.is_floating_point() or effects",
+        "    if val is None or effects",
+        only("recognize/test_wide_biases.py", "whole and numbers"),
+    ),
+    Mutant(
+        "each half type holds what the other held",
+        "recognize/values.py",
+        "        widens = source is not None and torch.promote_types(source.dtype, val.dtype) == val.dtype",
+        "        widens = source is not None",
+        only("recognize/test_wide_biases.py", "other"),
+    ),
+    Mutant(
+        "a bias that is scaled in float32 is not rounded in half precision",
+        "recognize/meaning.py",
+        "    signed = layer.factor.is_number and abs(layer.factor.number) == 1",
+        "    signed = layer.factor.is_number",
+        only("recognize/test_wide_biases.py", "scaled"),
+    ),
+    Mutant(
+        "what is asked only to keep a fake result is a condition",
+        "graph.py",
+        "                stack.enter_context(disable_fake_tensor_cache(self.mode))\n",
+        "",
+        only("test_symbolic_sizes.py", "keep_a_fake"),
+    ),
 )
 
 
