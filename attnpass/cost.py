@@ -170,16 +170,20 @@ def unfused_us(spec: AttentionSpec) -> float | None:
     if here is None:
         return None
     if spec.device == "cpu":
-        short, fused = _short(spec, here), rated_us(spec, NATIVE)
-        if short is None or fused is None or spec.softcap is not None or spec.sink:
-            return None
-        if not (spec.grad or spec.bias) and _short_form(spec) == "tensor" and _number(spec.queries, _LENGTH) >= _BLOCKS:
-            return None  # beside such a mask one spelling takes 0.7 times as long, and BERT's 1.4 times
-        times = _at(short.training if spec.grad else short.forward, spec)
-        doubt = 1.0 if spec.bias else _CLEARLY  # T5's own code was seen to be as fast as what was measured
-        return fused * times if times * doubt < 1 else None
+        return _unfused_on_cpu(spec, here)
     bytes_ = _scores(spec) * _UNFUSED_BYTES * (2 if spec.dtype == "float32" else 1) + _bytes(spec)
     return _operations(spec) / here.products + bytes_ / here.bytes_per_us + _copies(spec, here) + 3 * here.launch
+
+
+def _unfused_on_cpu(spec: AttentionSpec, here: _Rates) -> float | None:
+    short, fused = _short(spec, here), rated_us(spec, NATIVE)
+    if short is None or fused is None or spec.softcap is not None or spec.sink:
+        return None
+    if not (spec.grad or spec.bias) and _short_form(spec) == "tensor" and _number(spec.queries, _LENGTH) >= _BLOCKS:
+        return None  # beside such a mask one spelling takes 0.7 times as long, and BERT's 1.4 times
+    times = _at(short.training if spec.grad else short.forward, spec)
+    doubt = 1.0 if spec.bias else _CLEARLY  # T5's own code was seen to be as fast as what was measured
+    return fused * times if times * doubt < 1 else None
 
 
 def _short(spec: AttentionSpec, here: _Rates) -> _Short | None:
